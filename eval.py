@@ -1,0 +1,257 @@
+"""Loss and perplexity of trained checkpoints at many lengths: the table, the CSV, the figure.
+
+    python eval.py out/quick/sinusoidal out/quick/alibi --csv table.csv --plot figure.png
+    python eval.py out/quick/rotary --extend interpolate ntk --window 64 --stride 32 --by_position
+
+Without --stride the text is cut into blocks; with it, windows of each length move on by that many tokens and score
+what no window before them has. Either way every target (each token but the first) counts once, at every length.
+"""
+import argparse
+import csv
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from data import UserError
+from model import EXTENSIONS, GPT, GPTConfig, ModelError, prepare
+
+CHECKPOINT = {"config", "args", "vocab_id", "model", "step", "best", "log"}     # what train.py saves, and "optimizer"
+COLUMNS = "pos train_length length stride split tokens loss ppl extend window logn".split()
+
+
+@torch.no_grad()
+def evaluate(model, tokens, length, stride=None, extend="", dtype=torch.float32, batch_tokens=16384):
+    """(loss in nats summed, targets counted), each (length,) by position in the window, over all of `tokens`.
+
+    `length` may be at most model.pos.max_length. Uses no randomness; the model stays in its mode."""
+    device, training, stride = next(model.parameters()).device, model.training, stride or length
+    model.eval()
+    prepare(model, length, extend)
+    starts = list(range(0, max(0, len(tokens) - 1 - length) + stride, stride))
+    last, size = starts.pop(), max(1, batch_tokens // length)           # the last window may be short
+    batches = [starts[n:n + size] for n in range(0, len(starts), size)] + [[last]]
+    total, count = torch.zeros(2, length, dtype=torch.float64)
+    for batch in tqdm(batches, f"{model.config.pos} at {length}", leave=False, disable=None):
+        ids = torch.stack([torch.from_numpy(tokens[n:n + length + 1].astype("int64")) for n in batch])
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(ids[:, :-1].to(device), ids[:, 1:]).cpu().double()                  # (B, T)
+        # the window before has scored all targets but the last `stride`
+        new = torch.arange(loss.shape[1]) >= torch.tensor([[length - stride if n else 0] for n in batch])
+        total[:loss.shape[1]] += (loss * new).sum(0)
+        count[:loss.shape[1]] += new.sum(0)
+    model.train(training)
+    return total, count
+
+
+def measure(model, tokens, lengths, split="valid", stride=None, extend="", by_position=False, **options):
+    """One CSV row a length, a dict of COLUMNS; tokens, loss and ppl are None beyond what the encoding can do."""
+    config, rows = model.config, []
+    for length in lengths:
+        row = dict.fromkeys(COLUMNS) | dict(pos=config.pos, train_length=config.block_size, length=length, split=split,
+                                            stride=stride, extend=extend, window=config.window, logn=int(config.logn))
+        rows.append(row)
+        prepare(model, length, extend)
+        if length <= model.pos.max_length:
+            total, count = evaluate(model, tokens, length, stride, extend, **options)
+            loss = (total.sum() / count.sum()).item()
+            row.update(tokens=int(count.sum()), loss=loss, ppl=math.exp(min(loss, 700)))
+        if by_position and row["loss"]:
+            print(f"{name(row)} at {length}: loss in nats by the number of tokens seen")
+            edges = [0, *(2 ** n for n in range((length - 1).bit_length())), length]    # bins that double
+            for a, b in zip(edges, edges[1:]):
+                print(f"{f'{a + 1}-{b}':>14} {total[a:b].sum() / count[a:b].sum():8.4f}")
+    return rows
+
+
+def name(row):
+    """How a row's model is called: rotary + ntk + window 64."""
+    extra = row["extend"], row["window"] and f"window {row['window']}", row["logn"] and "logn"
+    return " + ".join([row["pos"], *filter(None, extra)])
+
+
+def table(rows, unit):
+    """The rows as text: a line for each encoding, a column for each length, and who extrapolates."""
+    groups, lengths = {}, sorted({row["length"] for row in rows})
+    for row in rows:
+        groups.setdefault((name(row), row["train_length"]), {})[row["length"]] = row["ppl"]
+    wide = max(len(label) for label, _ in groups)
+    protocol = f"sliding by {rows[0]['stride']}" if rows[0]["stride"] else "non-overlapping"
+    lines = [f"perplexity per {unit}, {rows[0]['split']} split, {protocol}, by length in tokens",
+             f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths)]
+    for (label, trained), ppl in groups.items():
+        bound = 1.01 * (ppl.get(trained) or math.inf)
+        fails = [n for n in ppl if n > trained and (ppl[n] or math.inf) > bound]
+        cells = "".join(f"{ppl[n]:9.2f}" if ppl.get(n) else f"{'-':>9}" for n in lengths)
+        lines.append(f"{label:{wide}} {trained:>7}{cells}  {f'fails from {fails[0]}' if fails else 'holds'}")
+    return "\n".join([*lines, "fails: more than 1% above the perplexity at the trained length, "
+                              "or - : no room in the encoding's table of positions"])
+
+
+def write_csv(path, header, rows):
+    """A CSV file, written whole or not at all."""
+    data.write_whole(path, lambda file: csv.writer(file, lineterminator="\n").writerows([header, *rows]), "w")
+
+
+def report(rows, unit, path):
+    """Prints the table; writes what was measured to the CSV file `path`, if any."""
+    print(table(rows, unit))
+    if path:
+        write_csv(path, COLUMNS, [row.values() for row in rows if row["loss"] is not None])
+
+
+def plot(rows, path, unit):
+    """Like the paper's Figure 1: perplexity against length, a line for each encoding, the trained length marked."""
+    from matplotlib.figure import Figure
+    figure, lengths = Figure(figsize=(7, 4.5)), sorted({row["length"] for row in rows})
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in tokens", ylabel=f"perplexity per {unit}")
+    for label in dict.fromkeys(map(name, rows)):
+        points = [(row["length"], row["ppl"]) for row in rows if name(row) == label and row["loss"] is not None]
+        axes.plot(*zip(*points), marker="o", label=label)
+    for trained in {row["train_length"] for row in rows}:
+        axes.axvline(trained, color="grey", linestyle="--", label=f"trained length {trained}")
+    axes.set_xticks(lengths, lengths)
+    axes.xaxis.set_minor_formatter("")
+    axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    axes.legend()
+    data.write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
+
+
+def load_checkpoint(path):
+    """The dict that train.py saved, from a file or a run's folder. Runs no code from it. Raises UserError."""
+    path = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := CHECKPOINT - checkpoint.keys():
+            raise KeyError(*missing)
+        build(checkpoint)
+        return checkpoint
+    except Exception as error:      # whatever a damaged or foreign file does to the unpickler or the model
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise UserError(f"{path} is no checkpoint of train.py ({reason}): name a ckpt.pt or a run's folder") from error
+
+
+def build(checkpoint, **changes):
+    """The model in a checkpoint, with these fields of its config changed."""
+    model = GPT(GPTConfig(**checkpoint["config"] | changes))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+# ---- what this command line shares with train.py's
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Texts as they are laid out, and the defaults that are not None or False."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the flags that both command lines have, and with one line for an error."""
+
+    def __init__(self, **texts):
+        super().__init__(formatter_class=Formatter, allow_abbrev=False, **texts)
+        self.add_argument("--data_dir", default="data", help="downloads and caches")
+        self.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+        self.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="on cuda: bfloat16")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind, low, high=1e12):
+    """An argparse type: an int or a float from low to high."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
+        return kind(text)
+    parse.__name__ = kind.__name__      # argparse names it when the text is no number
+    return parse
+
+
+def known(names):
+    """An argparse type: one of these names."""
+    def parse(text):
+        if text in names:
+            return text
+        raise argparse.ArgumentTypeError(f"no '{text}': {data.nearest(text, names)}choose from {', '.join(names)}")
+    return parse
+
+
+def pick_device(args):
+    """The torch.device and torch.dtype that --device and --dtype ask for."""
+    there = [kind for kind in ("cuda", "mps", "cpu") if kind == "cpu" or getattr(torch, kind).is_available()]
+    kind = there[0] if args.device == "auto" else args.device
+    if kind not in there:
+        raise UserError(f"--device {kind}: torch finds none here; name {' or '.join(there)}")
+    dtype = {"auto": "bfloat16" if kind == "cuda" else "float32"}.get(args.dtype, args.dtype)
+    return torch.device(kind), getattr(torch, dtype)
+
+
+def check_lengths(lengths, tokens, stride=None):
+    """Raises UserError where the split is too short for a length, or a length for the stride."""
+    if max(lengths) >= len(tokens):
+        raise UserError(f"length {max(lengths)}: the split has only {len(tokens) - 1} targets; name shorter --lengths")
+    if stride and stride > min(lengths):
+        raise UserError(f"--stride {stride} would skip targets at length {min(lengths)}: make it at most that")
+
+
+def run(main):
+    """Calls main; a user's mistake ends in one line on standard error and exit code 2."""
+    try:
+        main()
+    except (UserError, ModelError, OSError) as error:
+        sys.exit(print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CKPT_OR_RUN_DIR")
+    add("--data", help="corpus name or folder; if not given: what the checkpoint was trained on")
+    add("--split", choices=("valid", "test"), default="valid", help="which text")
+    add("--lengths", type=number(int, 1), nargs="+", help="if not given: 1, 2, 4, 8 and 16 times the trained length")
+    add("--stride", type=number(int, 1), help="sliding windows that move on by this many tokens")
+    add("--extend", nargs="+", default=[], type=known(EXTENSIONS), help=f"a further row each: {', '.join(EXTENSIONS)}")
+    add("--window", type=number(int, 1), help="each token sees itself and the WINDOW - 1 before it")
+    add("--logn", action="store_true", help="log-n scaling of the queries")
+    add("--by_position", action="store_true", help="print loss against position in the window")
+    add("--batch_tokens", type=number(int, 1), default=16384, help="tokens in a batch")
+    add("--csv", metavar="FILE", help="write the table")
+    add("--plot", metavar="FILE", help="draw the figure (needs matplotlib)")
+    args = parser.parse_args()
+    device, dtype = pick_device(args)
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    changes = {key: vars(args)[key] for key in ("window", "logn") if vars(args)[key]}
+    jobs, rows, units = [], [], set()
+    for path in args.checkpoints:
+        checkpoint = load_checkpoint(path)
+        trained = checkpoint["args"]
+        corpus = data.load(args.data or trained["data"], trained["tokenizer"], args.data_dir)
+        units.add(corpus.unit)
+        if corpus.vocab_id != checkpoint["vocab_id"] or len(units) > 1:
+            raise UserError(f"{path} has another vocabulary than the corpus or the checkpoint before: name its --data")
+        lengths = args.lengths or [trained["block_size"] * 2 ** n for n in range(5)]
+        check_lengths(lengths, getattr(corpus, args.split), args.stride)
+        for extend in ["", *args.extend]:
+            jobs.append((build(checkpoint, **changes), getattr(corpus, args.split), lengths, extend))
+            prepare(jobs[-1][0], lengths[0], extend)
+    for model, tokens, lengths, extend in jobs:
+        rows += measure(model.to(device), tokens, lengths, args.split, args.stride, extend, args.by_position,
+                        dtype=dtype, batch_tokens=args.batch_tokens)
+    report(rows, corpus.unit, args.csv)
+    if args.plot:
+        plot(rows, args.plot, corpus.unit)
+
+
+if __name__ == "__main__":
+    run(main)
