@@ -11,6 +11,7 @@ import csv
 import importlib.util
 import math
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import torch
@@ -20,18 +21,17 @@ import data
 from data import UserError
 from model import EXTENSIONS, GPT, GPTConfig, ModelError, prepare
 
-CHECKPOINT = {"config", "args", "vocab_id", "model", "step", "best", "log"}     # what train.py saves, and "optimizer"
+Checkpoint = namedtuple("Checkpoint", "config args vocab_id step best log model optimizer")     # saved as a plain dict
 COLUMNS = "pos train_length length stride split tokens loss ppl extend window logn".split()
 
 
 @torch.no_grad()
-def evaluate(model, tokens, length, stride=None, extend="", dtype=torch.float32, batch_tokens=16384):
+def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_tokens=16384):
     """(loss in nats summed, targets counted), each (length,) by position in the window, over all of `tokens`.
 
     `length` may be at most model.pos.max_length. Uses no randomness; the model stays in its mode."""
     device, training, stride = next(model.parameters()).device, model.training, stride or length
     model.eval()
-    prepare(model, length, extend)
     starts = list(range(0, max(0, len(tokens) - 1 - length) + stride, stride))
     last, size = starts.pop(), max(1, batch_tokens // length)           # the last window may be short
     batches = [starts[n:n + size] for n in range(0, len(starts), size)] + [[last]]
@@ -57,7 +57,7 @@ def measure(model, tokens, lengths, split="valid", stride=None, extend="", by_po
         rows.append(row)
         prepare(model, length, extend)
         if length <= model.pos.max_length:
-            total, count = evaluate(model, tokens, length, stride, extend, **options)
+            total, count = evaluate(model, tokens, length, stride, **options)
             loss = (total.sum() / count.sum()).item()
             row.update(tokens=int(count.sum()), loss=loss, ppl=math.exp(min(loss, 700)))
         if by_position and row["loss"]:
@@ -115,19 +115,16 @@ def plot(rows, path, unit):
     for trained in {row["train_length"] for row in rows}:
         axes.axvline(trained, color="grey", linestyle="--", label=f"trained length {trained}")
     axes.set_xticks(lengths, lengths)
-    axes.xaxis.set_minor_formatter("")
-    axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    axes.set_yticks([], minor=True)
     axes.legend()
     data.write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
 
 
 def load_checkpoint(path):
-    """The dict that train.py saved, from a file or a run's folder. Runs no code from it. Raises UserError."""
+    """What train.py saved, from a file or a run's folder, as a Checkpoint. Runs no code from it. Raises UserError."""
     path = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := CHECKPOINT - checkpoint.keys():
-            raise KeyError(*missing)
+        checkpoint = Checkpoint(**torch.load(path, map_location="cpu", weights_only=True))
         build(checkpoint)
         return checkpoint
     except Exception as error:      # whatever a damaged or foreign file does to the unpickler or the model
@@ -137,29 +134,26 @@ def load_checkpoint(path):
 
 def build(checkpoint, **changes):
     """The model in a checkpoint, with these fields of its config changed."""
-    model = GPT(GPTConfig(**checkpoint["config"] | changes))
-    model.load_state_dict(checkpoint["model"])
+    model = GPT(GPTConfig(**checkpoint.config | changes))
+    model.load_state_dict(checkpoint.model)
     return model
 
 
 # ---- what this command line shares with train.py's
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Texts as they are laid out, and the defaults that are not None or False."""
-
-    def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that both command lines have, and with one line for an error."""
 
     def __init__(self, **texts):
-        super().__init__(formatter_class=Formatter, allow_abbrev=False, **texts)
-        self.add_argument("--data_dir", default="data", help="downloads and caches")
-        self.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-        self.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="on cuda: bfloat16")
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
+        add = self.add_argument
+        add("--data_dir", default="data", help="downloads and caches (data)")
+        add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto is the best there is (auto)")
+        add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto is bfloat16 on cuda (auto)")
+        add("--lengths", type=number(int, 1), nargs="+", help="of the table (1, 2, 4, 8, 16 x the trained one)")
+        add("--window", type=number(int, 0), default=0, help="each token sees itself and WINDOW - 1 before it (all)")
+        add("--logn", action="store_true", help="scale queries by max(1, ln(place) / ln(trained length)) (off)")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -186,12 +180,12 @@ def known(names):
 
 def pick_device(args):
     """The torch.device and torch.dtype that --device and --dtype ask for."""
-    there = [kind for kind in ("cuda", "mps", "cpu") if kind == "cpu" or getattr(torch, kind).is_available()]
-    kind = there[0] if args.device == "auto" else args.device
-    if kind not in there:
-        raise UserError(f"--device {kind}: torch finds none here; name {' or '.join(there)}")
-    dtype = {"auto": "bfloat16" if kind == "cuda" else "float32"}.get(args.dtype, args.dtype)
-    return torch.device(kind), getattr(torch, dtype)
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = best if args.device == "auto" else torch.device(args.device)
+    if device.type not in ("cpu", best.type):
+        raise UserError(f"--device {device}: torch finds none here; name {best} or auto")
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
+    return device, getattr(torch, dtype)
 
 
 def check_lengths(lengths, tokens, stride=None):
@@ -208,6 +202,9 @@ def run(main):
         main()
     except (UserError, ModelError, OSError) as error:
         sys.exit(print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr) or 2)
+    except torch.OutOfMemoryError as error:
+        message = f"{str(error).splitlines()[0]} With {' '.join(sys.argv[1:])}: halve --batch_size, double --grad_accum"
+        sys.exit(print(message, file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -216,15 +213,12 @@ def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT_OR_RUN_DIR")
-    add("--data", help="corpus name or folder; if not given: what the checkpoint was trained on")
-    add("--split", choices=("valid", "test"), default="valid", help="which text")
-    add("--lengths", type=number(int, 1), nargs="+", help="if not given: 1, 2, 4, 8 and 16 times the trained length")
+    add("--data", help="corpus name or folder (what the checkpoint was trained on)")
+    add("--split", choices=("valid", "test"), default="valid", help="which text (valid)")
     add("--stride", type=number(int, 1), help="sliding windows that move on by this many tokens")
     add("--extend", nargs="+", default=[], type=known(EXTENSIONS), help=f"a further row each: {', '.join(EXTENSIONS)}")
-    add("--window", type=number(int, 1), help="each token sees itself and the WINDOW - 1 before it")
-    add("--logn", action="store_true", help="log-n scaling of the queries")
     add("--by_position", action="store_true", help="print loss against position in the window")
-    add("--batch_tokens", type=number(int, 1), default=16384, help="tokens in a batch")
+    add("--batch_tokens", type=number(int, 1), default=16384, help="tokens in a batch (16384)")
     add("--csv", metavar="FILE", help="write the table")
     add("--plot", metavar="FILE", help="draw the figure (needs matplotlib)")
     args = parser.parse_args()
@@ -235,12 +229,11 @@ def main():
     jobs, rows, units = [], [], set()
     for path in args.checkpoints:
         checkpoint = load_checkpoint(path)
-        trained = checkpoint["args"]
-        corpus = data.load(args.data or trained["data"], trained["tokenizer"], args.data_dir)
+        corpus = data.load(args.data or checkpoint.args["data"], checkpoint.args["tokenizer"], args.data_dir)
         units.add(corpus.unit)
-        if corpus.vocab_id != checkpoint["vocab_id"] or len(units) > 1:
+        if corpus.vocab_id != checkpoint.vocab_id or len(units) > 1:
             raise UserError(f"{path} has another vocabulary than the corpus or the checkpoint before: name its --data")
-        lengths = args.lengths or [trained["block_size"] * 2 ** n for n in range(5)]
+        lengths = args.lengths or [checkpoint.config["block_size"] * 2 ** n for n in range(5)]
         check_lengths(lengths, getattr(corpus, args.split), args.stride)
         for extend in ["", *args.extend]:
             jobs.append((build(checkpoint, **changes), getattr(corpus, args.split), lengths, extend))

@@ -313,14 +313,26 @@ def attend(q, k, v, scores, dropout=0.0):
     return torch.cat(y, 2).to(dtype)
 
 
-class CausalSelfAttention(nn.Module):
+class Block(nn.Module):
+    """Pre-norm attention and the paper's ReLU MLP."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=False)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.attn_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.mlp_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.dropout, self.act_dropout = nn.Dropout(config.dropout), nn.Dropout(config.act_dropout)
 
-    def forward(self, x, i, rotate, logn, scores):
+    def forward(self, x, *position):
+        x = x + self.dropout(self.attention(self.ln_1(x), *position))
+        hidden = self.act_dropout(F.relu(self.c_fc(self.ln_2(x))))
+        return x + self.dropout(self.mlp_proj(hidden))
+
+    def attention(self, x, i, rotate, logn, scores):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).unbind(2)             # (B, T, H, D)
         if rotate:
@@ -330,25 +342,7 @@ class CausalSelfAttention(nn.Module):
             q = q * (place.log() / math.log(max(2, self.config.block_size))).clamp(min=1).to(q.dtype)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                     # (B, H, T, D)
         y = attend(q, k, v, scores, self.config.attn_dropout if self.training else 0.0)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-
-
-class Block(nn.Module):
-    """Pre-norm residual block with the paper's ReLU MLP."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=False)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
-        self.dropout, self.act_dropout = nn.Dropout(config.dropout), nn.Dropout(config.act_dropout)
-
-    def forward(self, x, *attention):
-        x = x + self.dropout(self.attn(self.ln_1(x), *attention))
-        hidden = self.act_dropout(F.relu(self.c_fc(self.ln_2(x))))
-        return x + self.dropout(self.c_proj(hidden))
+        return self.attn_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class Vocabulary(nn.Module):
@@ -407,7 +401,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
         for name, weight in self.blocks.named_parameters():
             if weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer) if "_proj" in name else 0.02)
         self.pos = POSITIONS[config.pos](config)
 
     def trunk(self, idx):

@@ -105,16 +105,16 @@ def naive_loss(model, idx, targets, window=0, logn=False):
         elif config.pos == "hwfa":
             reach = window or max(w for w in range(1, 99) if (w - 1) * (config.n_layer - 1) + 1 <= 0.75 * config.block_size)
         block = f"blocks.{layer}."
-        qkv = (norm(x, w[block + "ln_1.weight"]) @ w[block + "attn.c_attn.weight"].T).reshape(len(x), 3, H, D)
+        qkv = (norm(x, w[block + "ln_1.weight"]) @ w[block + "c_attn.weight"].T).reshape(len(x), 3, H, D)
         out = np.zeros((len(x), H, D))
         for h, i in itertools.product(range(H), range(len(x))):
             seen = range(max(0, i - reach + 1) if reach else 0, i + 1)
             q = qkv[i, 0, h] * (max(1, math.log(i + 1) / math.log(config.block_size)) if scaled else 1)
             weights = np.exp([rule(pos, list(q), list(qkv[j, 1, h]), h, i, j) for j in seen])
             out[i, h] = sum(a * qkv[j, 2, h] for a, j in zip(weights / weights.sum(), seen))
-        x = x + out.reshape(len(x), C) @ w[block + "attn.c_proj.weight"].T
+        x = x + out.reshape(len(x), C) @ w[block + "attn_proj.weight"].T
         hidden = np.maximum(0, norm(x, w[block + "ln_2.weight"]) @ w[block + "c_fc.weight"].T)
-        x = x + hidden @ w[block + "c_proj.weight"].T
+        x = x + hidden @ w[block + "mlp_proj.weight"].T
     logits = norm(x, w["ln_f.weight"]) @ w["wte.head"].T
     return [np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, targets)]
 
@@ -294,8 +294,8 @@ def test_weight_decay_touches_matrices_only(pos):
     decay, rest = model.parameter_groups(0.1)
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(decay["params"]) + len(rest["params"]) == len(names) and rest["weight_decay"] == 0
-    assert {names[id(p)].split(".")[-2] for p in decay["params"]} == {"wte", "tails", "projections", "c_attn", "c_proj",
-                                                                     "c_fc"}
+    assert {names[id(p)].split(".")[-2] for p in decay["params"]} == {"wte", "tails", "projections", "c_attn",
+                                                                     "attn_proj", "c_fc", "mlp_proj"}
     assert all(names[id(p)].startswith(("pos.", "ln_f")) or ".ln_" in names[id(p)] for p in rest["params"])
 
 

@@ -56,19 +56,17 @@ def get_args():
     encodings = "\n".join(f"  {name:11} {cls.__doc__.splitlines()[0]}" for name, cls in POSITIONS.items())
     parser = eval.Parser(description=__doc__, epilog="position encodings (--pos):\n" + encodings)
     add = parser.add_argument
-    add("--preset", type=eval.known(PRESETS), default="small", help="the defaults: quick, small or paper")
+    add("--preset", type=eval.known(PRESETS), default="small", help="values to start from: quick, small, paper (small)")
     preset = parser.parse_known_args([arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])[0].preset
-    add("--pos", nargs="+", type=eval.known(POSITIONS), default=["alibi"], metavar="NAME", help="one run for each")
+    add("--pos", nargs="+", type=eval.known(POSITIONS), default=["alibi"], metavar="NAME", help="see below (alibi)")
     for flag, (kind, text, *values) in SETTINGS.items():
-        add(f"--{flag}", type=kind, default=values[PRESETS.index(preset)], help=text)
-    add("--tokenizer", choices=("word", "byte"), help="if not given: byte for stdlib, word for the rest")
-    add("--out_dir", default=f"out/{preset}", help="each run has a folder in it")
-    add("--window", type=whole, default=0, help="each token sees itself and the WINDOW - 1 before it; 0 is all")
-    add("--logn", action="store_true", help="queries times max(1, ln(place) / ln(block_size))")
-    add("--random_positions", type=whole, default=0, metavar="N", help="train at sorted random positions below N")
-    add("--seed", type=eval.number(int, 0, 2 ** 31), default=1337, help="of weights, batches and dropout")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; if not given: on cuda")
-    add("--lengths", type=positive, nargs="+", help="of the closing table; if not given: 1, 2, 4, 8, 16 x block_size")
+        value = values[PRESETS.index(preset)]
+        add(f"--{flag}", type=kind, default=value, help=f"{text} ({value})")
+    add("--tokenizer", choices=("word", "byte"), help="(byte for stdlib, word for the rest)")
+    add("--out_dir", default=f"out/{preset}", help=f"each run has a folder in it (out/{preset})")
+    add("--random_positions", type=whole, default=0, metavar="N", help="train at sorted random positions below N (off)")
+    add("--seed", type=eval.number(int, 0, 2 ** 31), default=1337, help="of weights, batches and dropout (1337)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on cuda)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
     start.add_argument("--overwrite", action="store_true", help="start anew where a checkpoint lies")
@@ -119,13 +117,14 @@ def find_checkpoint(path, args, vocab_id):
     if args.overwrite or not path.exists():
         return None
     checkpoint = eval.load_checkpoint(path)
-    for key, then in checkpoint["args"].items():
-        if key not in FREE and vars(args)[key] != then:
-            raise UserError(f"--{key} {vars(args)[key]}, but {path} was trained with {then}: take that or an --out_dir")
-    if checkpoint["vocab_id"] != vocab_id:
+    for key, now in vars(args).items():
+        if key not in FREE and checkpoint.args.get(key) != now:
+            raise UserError(f"--{key} {now}, but {path} was trained with {checkpoint.args.get(key)}: name that, "
+                            "or another --out_dir")
+    if checkpoint.vocab_id != vocab_id:
         raise UserError(f"--data {args.data} has changed since {path}: its vocabulary is another; name an --out_dir")
-    if checkpoint["step"] > args.max_iters:
-        raise UserError(f"--max_iters {args.max_iters} is less than the {checkpoint['step']} steps of {path}: raise it")
+    if checkpoint.step > args.max_iters:
+        raise UserError(f"--max_iters {args.max_iters} is less than the {checkpoint.step} steps of {path}: raise it")
     return checkpoint
 
 
@@ -134,23 +133,22 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
     folder = Path(args.out_dir, config.pos)
     torch.manual_seed(args.seed)
     model = GPT(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
     step, best, log, stop = 0, math.inf, [], []
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step, best, log = (checkpoint[key] for key in ("step", "best", "log"))
+        model.load_state_dict(checkpoint.model)
+        optimizer.load_state_dict(checkpoint.optimizer)
+        step, best, log = checkpoint.step, checkpoint.best, checkpoint.log
     if args.compile or args.compile is None and device.type == "cuda":
         model.trunk = torch.compile(model.trunk)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     def save(*names):
-        state = dict(config=vars(config), args=vars(args) | {"pos": config.pos}, vocab_id=corpus.vocab_id, step=step,
-                     best=best, log=log, model=model.state_dict(), optimizer=optimizer.state_dict())
-        if rank == 0:
-            eval.write_csv(folder / "log.csv", ["step", "train_loss", "valid_loss", "lr", "tokens_per_s"], log)
-            for name in names:
-                data.write_whole(folder / name, lambda file: torch.save(state, file))
+        state = eval.Checkpoint(vars(config), vars(args) | {"pos": config.pos}, corpus.vocab_id, step, best, log,
+                                model.state_dict(), optimizer.state_dict())._asdict()
+        eval.write_csv(folder / "log.csv", ["step", "train_loss", "valid_loss", "lr", "tokens_per_s"], log)
+        for name in names:
+            data.write_whole(folder / name, lambda file: torch.save(state, file))
 
     def on_signal(signum, frame):       # the step under way ends first; a second signal ends all at once
         stop.append(signum)
@@ -159,7 +157,6 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
     before = {signum: signal.signal(signum, signal.SIG_IGN if rank else on_signal)
               for signum in (signal.SIGINT, signal.SIGTERM)}
     rows, tokens = args.batch_size // world, args.batch_size * args.grad_accum * args.block_size
-    every = 1 if device.type == "cpu" else 10       # a look at the loss makes the CPU wait for the GPU
     bar = tqdm(total=args.max_iters, initial=step, desc=config.pos, disable=True if rank else None)
     losses, speeds, seen, clock = [], [], step, time.perf_counter()
     peak_memory(device, reset=True)
@@ -181,10 +178,10 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
         optimizer.zero_grad()
         step += 1
         due = step % args.eval_interval == 0 or step == args.max_iters
-        if due or stop or step % every == 0:
+        if due or stop or step % 10 == 0:      # a look at the loss makes the CPU wait for the GPU
             if not math.isfinite(loss.item() + norm.item()):
-                raise UserError(f"{config.pos} has loss {loss.item()}, gradient {norm.item()} at step {step}, learning rate "
-                                f"{lr:.3g}: lower --learning_rate; the last checkpoint in {folder} is sound")
+                raise UserError(f"{config.pos} step {step}, learning rate {lr:.3g}: loss {loss.item()}, gradient "
+                                f"{norm.item()}; lower --learning_rate (the last checkpoint in {folder} is sound)")
             speeds.append((step - seen) * tokens / (time.perf_counter() - clock))
             bar.update(step - bar.n)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {speeds[-1]:,.0f} tokens/s")
@@ -195,12 +192,13 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
             if world > 1:
                 dist.all_reduce(mean)
             total, count = eval.evaluate(model, corpus.valid, config.block_size, dtype=dtype)
-            valid, speed = (total.sum() / count.sum()).item(), statistics.median(speeds[3:] or speeds)
+            valid, speed = (total.sum() / count.sum()).item(), statistics.median(speeds[1:] or speeds)
             tqdm.write(f"{config.pos} step {step}: train loss {mean.item():.4f}, validation loss {valid:.4f}, "
                        f"learning rate {lr:.2e}, {speed:,.0f} tokens/s")
             log = [*log, [step, mean.item(), valid, lr, speed]]
             better, best = valid < best, min(valid, best)
-            save(*["best.pt"] * better, "ckpt.pt")
+            if rank == 0:
+                save(*["best.pt"] * better, "ckpt.pt")
             clock = time.perf_counter()
         if stop:
             save("ckpt.pt")
@@ -210,13 +208,12 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
     bar.close()
     for signum, handler in before.items():
         signal.signal(signum, handler)
-    speed = statistics.median(speeds[3:] or speeds or [math.nan])
-    return model, (config.pos, sum(p.numel() for p in model.parameters()), model.flops_per_token(), speed,
+    return model, (config.pos, sum(p.numel() for p in model.parameters()), model.flops_per_token(), log[-1][4],
                    peak_memory(device), log[-1][2], folder / "ckpt.pt")
 
 
 def summary(runs, device, world):
-    """The runs side by side. Model FLOPs are GPT.flops_per_token's; their share is of the chips' dense bfloat16 peak."""
+    """The runs side by side. MFU: the share of GPT.flops_per_token in the chips' dense bfloat16 peak."""
     chip = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = world * next((flops for key, flops in PEAK_FLOPS.items() if key in chip), math.nan)
     lines = [f"{'encoding':11} {'parameters':>11}  tokens/s  ratio  peak MB    MFU  validation loss, checkpoint"]
@@ -234,8 +231,7 @@ def main():
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of the {world} processes")
     if world > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank:
         sys.stdout = open(os.devnull, "w")      # process 0 alone prints and writes
@@ -245,8 +241,7 @@ def main():
         dist.barrier()
     if len(corpus.train) <= args.block_size:
         raise UserError(f"--block_size {args.block_size}: the train split has only {len(corpus.train)} tokens")
-    lengths = [args.block_size * 2 ** n for n in range(5)]
-    lengths = args.lengths or [length for length in lengths if length < len(corpus.valid)]
+    lengths = args.lengths or [n for n in (args.block_size * 2 ** k for k in range(5)) if n < len(corpus.valid)]
     eval.check_lengths([args.block_size, *lengths], corpus.valid)
     shape = {key: value for key, value in vars(args).items() if key in GPTConfig.__dataclass_fields__}
     jobs, rows, runs = [], [], []
@@ -257,11 +252,7 @@ def main():
         flags = argparse.Namespace(**vars(args) | {"pos": pos})
         jobs.append((config, find_checkpoint(Path(args.out_dir, pos, "ckpt.pt"), flags, corpus.vocab_id)))
     for config, checkpoint in jobs:
-        try:
-            model, run = train(config, checkpoint, corpus, args, device, dtype, rank, world)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"out of GPU memory with --batch_size {args.batch_size}, --grad_accum {args.grad_accum}: "
-                            "halve the one and double the other") from error
+        model, run = train(config, checkpoint, corpus, args, device, dtype, rank, world)
         runs.append(run)
         rows += eval.measure(model, corpus.valid, lengths, dtype=dtype)
     print(f"\n{summary(runs, device, world)}\n")
