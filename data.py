@@ -50,11 +50,11 @@ def write_whole(path, write, mode="wb"):
         with open(beside, mode) as file:
             write(file)
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:    # a full disk is a RuntimeError from torch.save
+    except (OSError, RuntimeError, ValueError) as error:    # as torch or matplotlib have it
         if beside.exists():
             beside.unlink()
         reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write {path} ({reason}): make room there or name another folder") from error
+        raise UserError(f"cannot write {path} ({reason}): make room or name another file or folder") from error
 
 
 def load(name, tokenizer, data_dir):
@@ -83,7 +83,7 @@ def open_cache(path, tokenizer):
         ids = np.load(path, mmap_mode="r")
         if len(ids) == sum(counts) and ids.dtype == dtype:
             return Corpus(*np.split(ids, np.cumsum(counts)[:2]), vocab_size, vocab_id, tokenizer)
-    except (OSError, ValueError, TypeError):
+    except (OSError, EOFError, ValueError, TypeError):
         return None
 
 
@@ -194,15 +194,15 @@ def verify(path, name):
 
 def unpack(name, path, folder):
     """The zip's three files into `folder`, all or nothing; no path in it is followed. Raises UserError."""
-    beside = Path(f"{folder}.tmp")
-    beside.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(path) as archive:
             if any(".." in member or member.startswith("/") for member in archive.namelist()):
                 raise KeyError("a path in it leads outside")
-            for split in SPLITS:
-                file = f"wiki.{split}.tokens"
-                (beside / file).write_bytes(archive.read(f"{name}/{file}"))
+            texts = {file: archive.read(f"{name}/{file}") for file in (f"wiki.{split}.tokens" for split in SPLITS)}
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{path} is not WikiText ({error.args[0]}): remove it, it will be fetched") from error
+    beside = Path(f"{folder}.tmp")
+    beside.mkdir(parents=True, exist_ok=True)
+    for file, text in texts.items():
+        (beside / file).write_bytes(text)
     os.replace(beside, folder)

@@ -10,6 +10,7 @@ import argparse
 import csv
 import importlib.util
 import math
+import re
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -21,8 +22,8 @@ import data
 from data import UserError
 from model import EXTENSIONS, GPT, GPTConfig, ModelError, prepare
 
-Checkpoint = namedtuple("Checkpoint", "config args vocab_id step best log model optimizer")     # saved as a plain dict
-COLUMNS = "pos train_length length stride split tokens loss ppl extend window logn".split()
+Checkpoint = namedtuple("Checkpoint", "config args vocab_id step best log losses model optimizer")  # saved as a dict
+COLUMNS = "pos train_length length stride split tokens loss ppl extend window logn random_positions checkpoint".split()
 
 
 @torch.no_grad()
@@ -48,12 +49,13 @@ def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_toke
     return total, count
 
 
-def measure(model, tokens, lengths, split="valid", stride=None, extend="", by_position=False, **options):
+def measure(model, path, tokens, lengths, split="valid", stride=None, extend="", by_position=False, **options):
     """One CSV row a length, a dict of COLUMNS; tokens, loss and ppl are None beyond what the encoding can do."""
     config, rows = model.config, []
     for length in lengths:
-        row = dict.fromkeys(COLUMNS) | dict(pos=config.pos, train_length=config.block_size, length=length, split=split,
-                                            stride=stride, extend=extend, window=config.window, logn=int(config.logn))
+        row = {column: vars(config).get(column) for column in COLUMNS}
+        row |= dict(train_length=config.block_size, length=length, stride=stride, split=split, extend=extend,
+                    logn=int(config.logn), checkpoint=path)
         rows.append(row)
         prepare(model, length, extend)
         if length <= model.pos.max_length:
@@ -61,33 +63,33 @@ def measure(model, tokens, lengths, split="valid", stride=None, extend="", by_po
             loss = (total.sum() / count.sum()).item()
             row.update(tokens=int(count.sum()), loss=loss, ppl=math.exp(min(loss, 700)))
         if by_position and row["loss"]:
-            print(f"{name(row)} at {length}: loss in nats by the number of tokens seen")
             edges = [0, *(2 ** n for n in range((length - 1).bit_length())), length]    # bins that double
             for a, b in zip(edges, edges[1:]):
-                print(f"{f'{a + 1}-{b}':>14} {total[a:b].sum() / count[a:b].sum():8.4f}")
+                bin_loss = total[a:b].sum() / count[a:b].sum()
+                print(f"{name(row)} at {length}, having seen {a + 1} to {b} tokens: loss {bin_loss:.4f}")
     return rows
 
 
 def name(row):
     """How a row's model is called: rotary + ntk + window 64."""
-    extra = row["extend"], row["window"] and f"window {row['window']}", row["logn"] and "logn"
-    return " + ".join([row["pos"], *filter(None, extra)])
+    extra = [f"{key} {row[key]}" for key in ("window", "random_positions") if row[key]] + ["logn"] * row["logn"]
+    return " + ".join(filter(None, [row["pos"], row["extend"], *extra]))
 
 
 def table(rows, unit):
     """The rows as text: a line for each encoding, a column for each length, and who extrapolates."""
     groups, lengths = {}, sorted({row["length"] for row in rows})
     for row in rows:
-        groups.setdefault((name(row), row["train_length"]), {})[row["length"]] = row["ppl"]
-    wide = max(len(label) for label, _ in groups)
+        groups.setdefault((name(row), row["train_length"], row["checkpoint"]), {})[row["length"]] = row["ppl"]
+    wide = max(len(label) for label, _, _ in groups)
     protocol = f"sliding by {rows[0]['stride']}" if rows[0]["stride"] else "non-overlapping"
     lines = [f"perplexity per {unit}, {rows[0]['split']} split, {protocol}, by length in tokens",
              f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths)]
-    for (label, trained), ppl in groups.items():
-        bound = 1.01 * (ppl.get(trained) or math.inf)
-        fails = [n for n in ppl if n > trained and (ppl[n] or math.inf) > bound]
+    for (label, trained, _), ppl in groups.items():
+        fails = [n for n in ppl if n > trained and not (ppl[n] or math.inf) <= 1.01 * (ppl.get(trained) or 0)]
+        verdict = "" if not ppl.get(trained) else f"fails from {fails[0]}" if fails else "holds"
         cells = "".join(f"{ppl[n]:9.2f}" if ppl.get(n) else f"{'-':>9}" for n in lengths)
-        lines.append(f"{label:{wide}} {trained:>7}{cells}  {f'fails from {fails[0]}' if fails else 'holds'}")
+        lines.append(f"{label:{wide}} {trained:>7}{cells}  {verdict}")
     return "\n".join([*lines, "fails: more than 1% above the perplexity at the trained length, "
                               "or - : no room in the encoding's table of positions"])
 
@@ -109,9 +111,10 @@ def plot(rows, path, unit):
     from matplotlib.figure import Figure
     figure, lengths = Figure(figsize=(7, 4.5)), sorted({row["length"] for row in rows})
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in tokens", ylabel=f"perplexity per {unit}")
-    for label in dict.fromkeys(map(name, rows)):
-        points = [(row["length"], row["ppl"]) for row in rows if name(row) == label and row["loss"] is not None]
-        axes.plot(*zip(*points), marker="o", label=label)
+    rows = [row for row in rows if row["loss"] is not None]
+    for key in dict.fromkeys((name(row), row["checkpoint"]) for row in rows):
+        line = [row for row in rows if (name(row), row["checkpoint"]) == key]
+        axes.plot([row["length"] for row in line], [row["ppl"] for row in line], marker="o", label=key[0])
     for trained in {row["train_length"] for row in rows}:
         axes.axvline(trained, color="grey", linestyle="--", label=f"trained length {trained}")
     axes.set_xticks(lengths, lengths)
@@ -126,9 +129,10 @@ def load_checkpoint(path):
     try:
         checkpoint = Checkpoint(**torch.load(path, map_location="cpu", weights_only=True))
         build(checkpoint)
+        assert {"data", "tokenizer"} <= checkpoint.args.keys()
         return checkpoint
     except Exception as error:      # whatever a damaged or foreign file does to the unpickler or the model
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(f"{path} is no checkpoint of train.py ({reason}): name a ckpt.pt or a run's folder") from error
 
 
@@ -156,25 +160,17 @@ class Parser(argparse.ArgumentParser):
         add("--logn", action="store_true", help="scale queries by max(1, ln(place) / ln(trained length)) (off)")
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        wrong, *choices = re.findall(r"[\w-]+", message.partition("invalid choice: ")[2]) or [""]
+        self.exit(2, f"{self.prog}: {message} {data.nearest(wrong, choices)}\n")
 
 
-def number(kind, low, high=1e12):
+def number(kind, low, high=10 ** 9):
     """An argparse type: an int or a float from low to high."""
     def parse(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
     parse.__name__ = kind.__name__      # argparse names it when the text is no number
-    return parse
-
-
-def known(names):
-    """An argparse type: one of these names."""
-    def parse(text):
-        if text in names:
-            return text
-        raise argparse.ArgumentTypeError(f"no '{text}': {data.nearest(text, names)}choose from {', '.join(names)}")
     return parse
 
 
@@ -191,7 +187,7 @@ def pick_device(args):
 def check_lengths(lengths, tokens, stride=None):
     """Raises UserError where the split is too short for a length, or a length for the stride."""
     if max(lengths) >= len(tokens):
-        raise UserError(f"length {max(lengths)}: the split has only {len(tokens) - 1} targets; name shorter --lengths")
+        raise UserError(f"length {max(lengths)} is more than the {len(tokens) - 1} targets of a split: shorten it")
     if stride and stride > min(lengths):
         raise UserError(f"--stride {stride} would skip targets at length {min(lengths)}: make it at most that")
 
@@ -200,13 +196,13 @@ def run(main):
     """Calls main; a user's mistake ends in one line on standard error and exit code 2."""
     try:
         main()
-    except (UserError, ModelError, OSError) as error:
-        sys.exit(print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr) or 2)
-    except torch.OutOfMemoryError as error:
-        message = f"{str(error).splitlines()[0]} With {' '.join(sys.argv[1:])}: halve --batch_size, double --grad_accum"
-        sys.exit(print(message, file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (UserError, ModelError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        hint = ": lower --batch_size and raise --grad_accum, in eval.py lower --batch_tokens" if memory else ""
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        sys.exit(2)
 
 
 def main():
@@ -216,7 +212,7 @@ def main():
     add("--data", help="corpus name or folder (what the checkpoint was trained on)")
     add("--split", choices=("valid", "test"), default="valid", help="which text (valid)")
     add("--stride", type=number(int, 1), help="sliding windows that move on by this many tokens")
-    add("--extend", nargs="+", default=[], type=known(EXTENSIONS), help=f"a further row each: {', '.join(EXTENSIONS)}")
+    add("--extend", nargs="+", default=[], choices=EXTENSIONS, help="a further row for each")
     add("--by_position", action="store_true", help="print loss against position in the window")
     add("--batch_tokens", type=number(int, 1), default=16384, help="tokens in a batch (16384)")
     add("--csv", metavar="FILE", help="write the table")
@@ -236,11 +232,11 @@ def main():
         lengths = args.lengths or [checkpoint.config["block_size"] * 2 ** n for n in range(5)]
         check_lengths(lengths, getattr(corpus, args.split), args.stride)
         for extend in ["", *args.extend]:
-            jobs.append((build(checkpoint, **changes), getattr(corpus, args.split), lengths, extend))
-            prepare(jobs[-1][0], lengths[0], extend)
-    for model, tokens, lengths, extend in jobs:
-        rows += measure(model.to(device), tokens, lengths, args.split, args.stride, extend, args.by_position,
-                        dtype=dtype, batch_tokens=args.batch_tokens)
+            model = build(checkpoint, **changes)
+            prepare(model, lengths[0], extend)
+            jobs.append((model, path, getattr(corpus, args.split), lengths, args.split, args.stride, extend))
+    for model, *job in jobs:
+        rows += measure(model.to(device), *job, args.by_position, dtype=dtype, batch_tokens=args.batch_tokens)
     report(rows, corpus.unit, args.csv)
     if args.plot:
         plot(rows, args.plot, corpus.unit)

@@ -56,9 +56,9 @@ def get_args():
     encodings = "\n".join(f"  {name:11} {cls.__doc__.splitlines()[0]}" for name, cls in POSITIONS.items())
     parser = eval.Parser(description=__doc__, epilog="position encodings (--pos):\n" + encodings)
     add = parser.add_argument
-    add("--preset", type=eval.known(PRESETS), default="small", help="values to start from: quick, small, paper (small)")
+    add("--preset", choices=PRESETS, default="small", help="values to start from (small)")
     preset = parser.parse_known_args([arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])[0].preset
-    add("--pos", nargs="+", type=eval.known(POSITIONS), default=["alibi"], metavar="NAME", help="see below (alibi)")
+    add("--pos", nargs="+", choices=POSITIONS, default=["alibi"], metavar="NAME", help="listed below (alibi)")
     for flag, (kind, text, *values) in SETTINGS.items():
         value = values[PRESETS.index(preset)]
         add(f"--{flag}", type=kind, default=value, help=f"{text} ({value})")
@@ -102,10 +102,12 @@ def peak_memory(device, reset=False):
     """Peak bytes since the last reset: of the GPU's tensors, or of this process where the system is Linux."""
     if device.type == "cuda":
         return torch.cuda.reset_peak_memory_stats() if reset else torch.cuda.max_memory_allocated()
-    if not sys.platform.startswith("linux"):
+    try:
+        if reset:
+            return Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
         return math.nan
-    status = Path("/proc/self/status").read_text()
-    return Path("/proc/self/clear_refs").write_text("5") if reset else 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def find_checkpoint(path, args, vocab_id):
@@ -134,21 +136,27 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
     torch.manual_seed(args.seed)
     model = GPT(config).to(device)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
-    step, best, log, stop = 0, math.inf, [], []
+    step, best, log, losses, stop = 0, math.inf, [], [], []
     if checkpoint:
         model.load_state_dict(checkpoint.model)
         optimizer.load_state_dict(checkpoint.optimizer)
         step, best, log = checkpoint.step, checkpoint.best, checkpoint.log
+        losses = list(torch.tensor(checkpoint.losses, device=device))
     if args.compile or args.compile is None and device.type == "cuda":
         model.trunk = torch.compile(model.trunk)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     def save(*names):
         state = eval.Checkpoint(vars(config), vars(args) | {"pos": config.pos}, corpus.vocab_id, step, best, log,
-                                model.state_dict(), optimizer.state_dict())._asdict()
+                                [loss.item() for loss in losses], model.state_dict(), optimizer.state_dict())._asdict()
         eval.write_csv(folder / "log.csv", ["step", "train_loss", "valid_loss", "lr", "tokens_per_s"], log)
         for name in names:
             data.write_whole(folder / name, lambda file: torch.save(state, file))
+
+    def check_finite(value):
+        if not math.isfinite(value):
+            raise UserError(f"{config.pos}: loss or gradient is {value} at step {step}, learning rate {lr:.3g}: lower "
+                            f"--learning_rate; what lies in {folder} is from before")
 
     def on_signal(signum, frame):       # the step under way ends first; a second signal ends all at once
         stop.append(signum)
@@ -156,9 +164,11 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
 
     before = {signum: signal.signal(signum, signal.SIG_IGN if rank else on_signal)
               for signum in (signal.SIGINT, signal.SIGTERM)}
+    if rank == 0 and not folder.exists():
+        save()      # log.csv only: an --out_dir that cannot be written is found out now
     rows, tokens = args.batch_size // world, args.batch_size * args.grad_accum * args.block_size
     bar = tqdm(total=args.max_iters, initial=step, desc=config.pos, disable=True if rank else None)
-    losses, speeds, seen, clock = [], [], step, time.perf_counter()
+    speeds, seen, clock = [], step, time.perf_counter()
     peak_memory(device, reset=True)
     while step < args.max_iters:
         torch.manual_seed((args.seed << 31) + step)     # all that is random in a step: resumed runs repeat it exactly
@@ -179,9 +189,7 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
         step += 1
         due = step % args.eval_interval == 0 or step == args.max_iters
         if due or stop or step % 10 == 0:      # a look at the loss makes the CPU wait for the GPU
-            if not math.isfinite(loss.item() + norm.item()):
-                raise UserError(f"{config.pos} step {step}, learning rate {lr:.3g}: loss {loss.item()}, gradient "
-                                f"{norm.item()}; lower --learning_rate (the last checkpoint in {folder} is sound)")
+            check_finite(loss.item() + norm.item())
             speeds.append((step - seen) * tokens / (time.perf_counter() - clock))
             bar.update(step - bar.n)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {speeds[-1]:,.0f} tokens/s")
@@ -193,6 +201,7 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
                 dist.all_reduce(mean)
             total, count = eval.evaluate(model, corpus.valid, config.block_size, dtype=dtype)
             valid, speed = (total.sum() / count.sum()).item(), statistics.median(speeds[1:] or speeds)
+            check_finite(valid)
             tqdm.write(f"{config.pos} step {step}: train loss {mean.item():.4f}, validation loss {valid:.4f}, "
                        f"learning rate {lr:.2e}, {speed:,.0f} tokens/s")
             log = [*log, [step, mean.item(), valid, lr, speed]]
@@ -208,8 +217,9 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
     bar.close()
     for signum, handler in before.items():
         signal.signal(signum, handler)
-    return model, (config.pos, sum(p.numel() for p in model.parameters()), model.flops_per_token(), log[-1][4],
-                   peak_memory(device), log[-1][2], folder / "ckpt.pt")
+    _, _, valid, _, speed = log[-1] if log else [math.nan] * 5
+    return model, (config.pos, sum(p.numel() for p in model.parameters()), model.flops_per_token(), speed,
+                   peak_memory(device), valid, folder / "ckpt.pt")
 
 
 def summary(runs, device, world):
@@ -218,9 +228,9 @@ def summary(runs, device, world):
     peak = world * next((flops for key, flops in PEAK_FLOPS.items() if key in chip), math.nan)
     lines = [f"{'encoding':11} {'parameters':>11}  tokens/s  ratio  peak MB    MFU  validation loss, checkpoint"]
     for pos, size, flops, speed, memory, loss, path in runs:
-        lines.append(f"{pos:11} {size:11,} {speed:9,.0f} {speed / runs[0][3]:6.2f} {memory / 2 ** 20:8,.0f} "
-                     f"{speed * flops / peak:6.1%}  {loss:.4f}, {path}")
-    return "\n".join(lines).replace("nan%", "   -").replace("nan", "  -")
+        cells = f"{speed:9,.0f} {speed / runs[0][3]:6.2f} {memory / 2 ** 20:8,.0f} {speed * flops / peak:6.1%}  {loss:.4f}"
+        lines.append(f"{pos:11} {size:11,} {cells.replace('nan%', '   -').replace('nan', '  -')}, {path}")
+    return "\n".join(lines)
 
 
 def main():
@@ -239,8 +249,7 @@ def main():
     corpus = data.load(args.data, args.tokenizer, args.data_dir)
     if world > 1 and rank == 0:
         dist.barrier()
-    if len(corpus.train) <= args.block_size:
-        raise UserError(f"--block_size {args.block_size}: the train split has only {len(corpus.train)} tokens")
+    eval.check_lengths([args.block_size], corpus.train)
     lengths = args.lengths or [n for n in (args.block_size * 2 ** k for k in range(5)) if n < len(corpus.valid)]
     eval.check_lengths([args.block_size, *lengths], corpus.valid)
     shape = {key: value for key, value in vars(args).items() if key in GPTConfig.__dataclass_fields__}
@@ -254,7 +263,7 @@ def main():
     for config, checkpoint in jobs:
         model, run = train(config, checkpoint, corpus, args, device, dtype, rank, world)
         runs.append(run)
-        rows += eval.measure(model, corpus.valid, lengths, dtype=dtype)
+        rows += eval.measure(model, run[-1], corpus.valid, lengths, dtype=dtype)
     print(f"\n{summary(runs, device, world)}\n")
     eval.report(rows, corpus.unit, None if rank else Path(args.out_dir, "extrapolation.csv"))
     if world > 1:
