@@ -114,21 +114,24 @@ class Rotary(Position):
             raise ModelError(f"--pos {config.pos} needs --n_embd {config.n_embd} / --n_head {config.n_head} to be even")
 
     def rotate(self, q, k, i):
-        D = q.shape[-1]
-        angle = angles(i, D, self.base)[:, None]                             # (T, 1, D/2)
-        cos, sin = torch.cat((angle.cos(),) * 2, -1), torch.cat((-angle.sin(), angle.sin()), -1)
-        return [torch.addcmul(x * cos, x.roll(D // 2, -1), sin).to(x.dtype) for x in (q, k)]
+        return self.turn(q, i), self.turn(k, i)
+
+    def turn(self, x, i, growth=1.0):
+        """x turned by its positions, and scaled by growth, which spreads to (T, 1, D/2)."""
+        D = x.shape[-1]
+        angle = angles(i, D, self.base)[:, None]
+        cos, sin = angle.cos() * growth, angle.sin() * growth
+        return torch.addcmul(x * torch.cat((cos, cos), -1), x.roll(D // 2, -1), torch.cat((-sin, sin), -1)).to(x.dtype)
 
 
 class XPos(Rotary):
     """Rotary with q_n times z_n^(i/512), k_n times z_n^(-j/512), z_n = (2n/D + 0.4) / 1.4 (Sun et al. 2212.10554)."""
 
     def rotate(self, q, k, i):
-        q, k = super().rotate(q, k, i)
         D = q.shape[-1]
-        zeta = (torch.arange(0, D, 2, device=i.device).repeat(2) / D + 0.4) / 1.4
+        zeta = (torch.arange(0, D, 2, device=i.device) / D + 0.4) / 1.4
         growth = zeta ** ((i - i.mean())[:, None, None] / 512)               # centred: the powers stay small
-        return (q * growth).to(q.dtype), (k / growth).to(k.dtype)
+        return self.turn(q, i, growth), self.turn(k, i, 1 / growth)
 
 
 class T5(Position):
@@ -260,7 +263,7 @@ class Scores:
     """What a forward pass adds to the scores of layers with this window: the bias, and -inf for what is not seen.
 
     A relative bias is one vector over the distances, and any slice of the (T, T) mask a strided view of it:
-    mask[i, T-1-j] = past[T-1 + i-j]. So keys run backwards in a slice, and a mask of any length takes no memory."""
+    mask[i, T-1-j] = past[T-1 + i-j]. So keys run backwards in slices, and a mask of any length takes no memory."""
 
     def __init__(self, pos, i, window):
         self.pos, self.i, self.T, self.window = pos, i, len(i), window or len(i)
@@ -275,13 +278,17 @@ class Scores:
         self.rows = 128 if shared else max(1, min(128, 2 ** 18 // self.T))
 
     def slice(self, start, stop):
-        """(1, H, stop - start, keys): queries start to stop - 1, keys stop - 1 down to the first in their windows."""
+        """(1, H, stop - start, keys): queries start to stop - 1, keys stop - 1 down to the first in their windows.
+
+        Where one slice is the whole, its few keys run forward."""
         first = max(0, start - self.window + 1)
         if self.relative:
             H, width = self.past.shape
-            return self.past.as_strided((1, H, stop - start, stop - first), (0, width, 1, 1), start + self.T - stop)
+            mask = self.past.as_strided((1, H, stop - start, stop - first), (0, width, 1, 1), start + self.T - stop)
+            return mask if self.T > self.rows else mask.flip(-1)
         place = torch.arange(self.T, device=self.i.device)
-        i, j = place[start:stop, None], place[first:stop].flip(0)
+        i, j = place[start:stop, None], place[first:stop]
+        j = j.flip(0) if self.T > self.rows else j
         bias = self.pos.bias(self.h[..., None], self.i[i], self.i[torch.minimum(i, j)])
         return bias.masked_fill((j > i) | (i >= j + self.window), -math.inf)[None]
 
@@ -303,7 +310,9 @@ def attend(q, k, v, scores, dropout=0.0):
         return flex(q, k, v, score_mod=scores.score_mod if scores.pos.bias else None,
                     block_mask=causal_blocks(scores.T, scores.window, q.device))
     dtype, T, y = q.dtype, q.shape[2], []
-    q, k, v = q.float(), k.float().flip(2), v.float().flip(2)
+    q, k, v = q.float(), k.float(), v.float()
+    if T > scores.rows:
+        k, v = k.flip(2), v.flip(2)
     with torch.autocast(q.device.type, enabled=False):
         for start in range(0, T, scores.rows):
             stop = min(start + scores.rows, T)
@@ -329,7 +338,7 @@ class Block(nn.Module):
 
     def forward(self, x, *position):
         x = x + self.dropout(self.attention(self.ln_1(x), *position))
-        hidden = self.act_dropout(F.relu(self.c_fc(self.ln_2(x))))
+        hidden = self.act_dropout(F.relu(self.c_fc(self.ln_2(x)), inplace=True))
         return x + self.dropout(self.mlp_proj(hidden))
 
     def attention(self, x, i, rotate, logn, scores):
