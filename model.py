@@ -314,12 +314,12 @@ def attend(q, k, v, scores, dropout=0.0):
     if T > scores.rows:
         k, v = k.flip(2), v.flip(2)
     with torch.autocast(q.device.type, enabled=False):
-        for start in range(0, T, scores.rows):
+        for start in reversed(range(0, T, scores.rows)):     # the longest first: the others fit where it was
             stop = min(start + scores.rows, T)
             mask = scores.slice(start, stop)
             keys = slice(T - stop, T - stop + mask.shape[-1])
             y.append(F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], mask, dropout))
-    return torch.cat(y, 2).to(dtype)
+    return torch.cat(y[::-1], 2).to(dtype)
 
 
 class Block(nn.Module):
