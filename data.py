@@ -63,17 +63,16 @@ def load(name, tokenizer, data_dir):
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for split in SPLITS for path in files[split]]
     key = hashlib.sha256(repr((VERSION, tokenizer, stats)).encode()).hexdigest()[:16]
     cache = Path(data_dir, "cache", f"{Path(name).resolve().name}-{tokenizer}-{key}.npy")
-    corpus = open_cache(cache, tokenizer)
-    if corpus is None:
-        words, splits = (read_bytes if tokenizer == "byte" else read_words)(files)
-        if empty := [split for split, ids in zip(SPLITS, splits) if not len(ids)]:
-            raise UserError(f"the {empty[0]} split of {name} is empty: every split needs text")
-        vocab_id = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
-        meta = [len(ids) for ids in splits], str(splits[0].dtype), len(words), vocab_id
-        write_whole(cache, lambda file: np.save(file, np.concatenate(splits)))
-        write_whole(cache.with_suffix(".json"), lambda file: json.dump(meta, file), "w")     # last: it vouches for it
-        corpus = open_cache(cache, tokenizer)
-    return corpus
+    if corpus := open_cache(cache, tokenizer):
+        return corpus
+    words, splits = (read_bytes if tokenizer == "byte" else read_words)(files)
+    if empty := [split for split, ids in zip(SPLITS, splits) if not len(ids)]:
+        raise UserError(f"the {empty[0]} split of {name} is empty: every split needs text")
+    vocab_id = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+    meta = [len(ids) for ids in splits], str(splits[0].dtype), len(words), vocab_id
+    write_whole(cache, lambda file: np.save(file, np.concatenate(splits)))
+    write_whole(cache.with_suffix(".json"), lambda file: json.dump(meta, file), "w")     # last: it vouches for it
+    return open_cache(cache, tokenizer)
 
 
 def open_cache(path, tokenizer):
