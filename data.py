@@ -11,10 +11,10 @@ import os
 import sysconfig
 import urllib.request
 import zipfile
-from array import array
 from collections import defaultdict, namedtuple
 from difflib import get_close_matches
 from http.client import HTTPException
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -101,18 +101,14 @@ def read_words(files):
     Ties stand in order of appearance. A word of valid or test that train lacks is <unk>."""
     ids = defaultdict()
     ids.default_factory = ids.__len__       # a new word gets the next id
-    train = array("i")
-    for words in read_chunks(files["train"]):
-        train.extend(map(ids.__getitem__, words))
+    train = np.fromiter(map(ids.__getitem__, chain.from_iterable(read_chunks(files["train"]))), np.int32)
     ids.default_factory = None
     unk = ids.setdefault("<unk>", len(ids))
     order = np.argsort(-np.bincount(train, minlength=len(ids)), kind="stable")
-    rank = np.empty(len(ids), np.uint16 if len(ids) <= 2 ** 16 else np.int32)
-    rank[order] = np.arange(len(ids))
-    rest = [array("i", [ids.get(word, unk) for words in read_chunks(files[split]) for word in words])
+    rank = np.argsort(order).astype(np.uint16 if len(ids) <= 2 ** 16 else np.int32)
+    rest = [np.fromiter((ids.get(word, unk) for words in read_chunks(files[split]) for word in words), np.int32)
             for split in SPLITS[1:]]
-    words = list(ids)
-    return [words[old] for old in order], [rank[np.frombuffer(split, np.int32)] for split in (train, *rest)]
+    return np.array(list(ids), object)[order], [rank[split] for split in (train, *rest)]
 
 
 def read_chunks(paths):
