@@ -197,7 +197,6 @@ def unpack(name, path, folder):
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{path} is not WikiText ({error.args[0]}): remove it, it will be fetched") from error
     beside = Path(f"{folder}.tmp")
-    beside.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
-        (beside / file).write_bytes(text)
+        write_whole(beside / file, lambda out: out.write(text))
     os.replace(beside, folder)
