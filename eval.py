@@ -23,7 +23,6 @@ from data import UserError
 from model import EXTENSIONS, GPT, GPTConfig, ModelError, prepare
 
 Checkpoint = namedtuple("Checkpoint", "config args vocab_id step best log losses model optimizer")  # saved as a dict
-COLUMNS = "pos train_length length stride split tokens loss ppl extend window logn random_positions checkpoint".split()
 
 
 @torch.no_grad()
@@ -50,12 +49,12 @@ def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_toke
 
 
 def measure(model, path, tokens, lengths, split="valid", stride=None, extend="", by_position=False, **options):
-    """One CSV row a length, a dict of COLUMNS; tokens, loss and ppl are None beyond what the encoding can do."""
+    """One CSV row a length, a dict; tokens, loss and ppl are None beyond what the encoding can do."""
     config, rows = model.config, []
     for length in lengths:
-        row = {column: vars(config).get(column) for column in COLUMNS}
-        row |= dict(train_length=config.block_size, length=length, stride=stride, split=split, extend=extend,
-                    logn=int(config.logn), checkpoint=path)
+        row = dict(pos=config.pos, train_length=config.block_size, length=length, stride=stride, split=split,
+                   tokens=None, loss=None, ppl=None, extend=extend, window=config.window, logn=int(config.logn),
+                   random_positions=config.random_positions, checkpoint=path)
         rows.append(row)
         prepare(model, length, extend)
         if length <= model.pos.max_length:
