@@ -75,46 +75,41 @@ def name(row):
     return " + ".join(filter(None, [row["pos"], row["extend"], *extra]))
 
 
-def table(rows, unit):
-    """The rows as text: a line for each encoding, a column for each length, and who extrapolates."""
-    groups, lengths = {}, sorted({row["length"] for row in rows})
-    for row in rows:
-        groups.setdefault((name(row), row["train_length"], row["checkpoint"]), {})[row["length"]] = row["ppl"]
-    wide = max(len(label) for label, _, _ in groups)
-    protocol = f"sliding by {rows[0]['stride']}" if rows[0]["stride"] else "non-overlapping"
-    lines = [f"perplexity per {unit}, {rows[0]['split']} split, {protocol}, by length in tokens",
-             f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths)]
-    for (label, trained, _), ppl in groups.items():
-        fails = [n for n in ppl if n > trained and not (ppl[n] or math.inf) <= 1.01 * (ppl.get(trained) or 0)]
-        verdict = "" if not ppl.get(trained) else f"fails from {fails[0]}" if fails else "holds"
-        cells = "".join(f"{ppl[n]:9.2f}" if ppl.get(n) else f"{'-':>9}" for n in lengths)
-        lines.append(f"{label:{wide}} {trained:>7}{cells}  {verdict}")
-    return "\n".join([*lines, "fails: more than 1% above the perplexity at the trained length, "
-                              "or - : no room in the encoding's table of positions"])
-
-
 def write_csv(path, header, rows):
     """A CSV file, written whole or not at all."""
     data.write_whole(path, lambda file: csv.writer(file, lineterminator="\n").writerows([header, *rows]), "w")
 
 
-def report(rows, unit, path):
-    """Prints the table; writes what was measured to the CSV file `path`, if any."""
-    print(table(rows, unit))
+def report(runs, unit, path):
+    """Prints the table: a line for each run, a column for each length, and who extrapolates.
+
+    Writes what was measured to the CSV file `path`, if any."""
+    first, lengths = runs[0][0], sorted({row["length"] for run in runs for row in run})
+    wide = max(len(name(run[0])) for run in runs)
+    protocol = f"sliding by {first['stride']}" if first["stride"] else "non-overlapping"
+    print(f"perplexity per {unit}, {first['split']} split, {protocol}, by length in tokens")
+    print(f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths))
+    for run in runs:
+        trained, ppl = run[0]["train_length"], {row["length"]: row["ppl"] for row in run}
+        fails = [n for n in ppl if n > trained and not (ppl[n] or math.inf) <= 1.01 * (ppl.get(trained) or 0)]
+        verdict = "" if not ppl.get(trained) else f"fails from {fails[0]}" if fails else "holds"
+        cells = "".join(f"{ppl[n]:9.2f}" if ppl.get(n) else f"{'-':>9}" for n in lengths)
+        print(f"{name(run[0]):{wide}} {trained:>7}{cells}  {verdict}")
+    print("fails: more than 1% above the perplexity at the trained length, "
+          "or - : no room in the encoding's table of positions")
     if path:
-        write_csv(path, COLUMNS, [row.values() for row in rows if row["loss"] is not None])
+        write_csv(path, first, [row.values() for run in runs for row in run if row["loss"] is not None])
 
 
-def plot(rows, path, unit):
-    """Like the paper's Figure 1: perplexity against length, a line for each encoding, the trained length marked."""
+def plot(runs, path, unit):
+    """Like the paper's Figure 1: perplexity against length, a line for each run, the trained length marked."""
     from matplotlib.figure import Figure
-    figure, lengths = Figure(figsize=(7, 4.5)), sorted({row["length"] for row in rows})
+    figure, lengths = Figure(figsize=(7, 4.5)), sorted({row["length"] for run in runs for row in run})
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in tokens", ylabel=f"perplexity per {unit}")
-    rows = [row for row in rows if row["loss"] is not None]
-    for key in dict.fromkeys((name(row), row["checkpoint"]) for row in rows):
-        line = [row for row in rows if (name(row), row["checkpoint"]) == key]
-        axes.plot([row["length"] for row in line], [row["ppl"] for row in line], marker="o", label=key[0])
-    for trained in {row["train_length"] for row in rows}:
+    for run in runs:
+        ppl = [row["ppl"] or math.nan for row in run]
+        axes.plot([row["length"] for row in run], ppl, marker="o", label=name(run[0]))
+    for trained in {run[0]["train_length"] for run in runs}:
         axes.axvline(trained, color="grey", linestyle="--", label=f"trained length {trained}")
     axes.set_xticks(lengths, lengths)
     axes.set_yticks([], minor=True)
@@ -221,7 +216,7 @@ def main():
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib")
     changes = {key: vars(args)[key] for key in ("window", "logn") if vars(args)[key]}
-    jobs, rows, units = [], [], set()
+    jobs, runs, units = [], [], set()
     for path in args.checkpoints:
         checkpoint = load_checkpoint(path)
         corpus = data.load(args.data or checkpoint.args["data"], checkpoint.args["tokenizer"], args.data_dir)
@@ -235,10 +230,10 @@ def main():
             prepare(model, lengths[0], extend)
             jobs.append((model, path, getattr(corpus, args.split), lengths, args.split, args.stride, extend))
     for model, *job in jobs:
-        rows += measure(model.to(device), *job, args.by_position, dtype=dtype, batch_tokens=args.batch_tokens)
-    report(rows, corpus.unit, args.csv)
+        runs.append(measure(model.to(device), *job, args.by_position, dtype=dtype, batch_tokens=args.batch_tokens))
+    report(runs, corpus.unit, args.csv)
     if args.plot:
-        plot(rows, args.plot, corpus.unit)
+        plot(runs, args.plot, corpus.unit)
 
 
 if __name__ == "__main__":

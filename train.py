@@ -228,8 +228,8 @@ def summary(runs, device, world):
     peak = world * next((flops for key, flops in PEAK_FLOPS.items() if key in chip), math.nan)
     lines = [f"{'encoding':11} {'parameters':>11}  tokens/s  ratio  peak MB    MFU  validation loss, checkpoint"]
     for pos, size, flops, speed, memory, loss, path in runs:
-        cells = f"{speed:9,.0f} {speed / runs[0][3]:6.2f} {memory / 2 ** 20:8,.0f} {speed * flops / peak:6.1%}  {loss:.4f}"
-        lines.append(f"{pos:11} {size:11,} {cells.replace('nan%', '   -').replace('nan', '  -')}, {path}")
+        cells = f"{speed:9,.0f} {speed / runs[0][3]:6.2f} {memory / 2 ** 20:8,.0f} {speed * flops / peak:6.1%}"
+        lines.append(f"{pos:11} {size:11,} {cells.replace('nan%', '   -').replace('nan', '  -')}  {loss:.4f}, {path}")
     return "\n".join(lines)
 
 
@@ -253,7 +253,7 @@ def main():
     lengths = args.lengths or [n for n in (args.block_size * 2 ** k for k in range(5)) if n < len(corpus.valid)]
     eval.check_lengths([args.block_size, *lengths], corpus.valid)
     shape = {key: value for key, value in vars(args).items() if key in GPTConfig.__dataclass_fields__}
-    jobs, rows, runs = [], [], []
+    jobs, tables, runs = [], [], []
     for pos in dict.fromkeys(args.pos):
         config = GPTConfig(**shape | {"pos": pos, "vocab_size": corpus.vocab_size})
         with torch.device("meta"):      # raises what can be raised before the first run starts
@@ -263,9 +263,9 @@ def main():
     for config, checkpoint in jobs:
         model, run = train(config, checkpoint, corpus, args, device, dtype, rank, world)
         runs.append(run)
-        rows += eval.measure(model, run[-1], corpus.valid, lengths, dtype=dtype)
+        tables.append(eval.measure(model, run[-1], corpus.valid, lengths, dtype=dtype))
     print(f"\n{summary(runs, device, world)}\n")
-    eval.report(rows, corpus.unit, None if rank else Path(args.out_dir, "extrapolation.csv"))
+    eval.report(tables, corpus.unit, None if rank else Path(args.out_dir, "extrapolation.csv"))
     if world > 1:
         dist.destroy_process_group()
 
