@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
-from data import UserError
+from data import UserError, load, nearest, write_whole
 from model import EXTENSIONS, GPT, GPTConfig, ModelError, prepare
 
 Checkpoint = namedtuple("Checkpoint", "config args vocab_id step best log losses model optimizer")  # saved as a dict
@@ -77,7 +76,7 @@ def name(row):
 
 def write_csv(path, header, rows):
     """A CSV file, written whole or not at all."""
-    data.write_whole(path, lambda file: csv.writer(file, lineterminator="\n").writerows([header, *rows]), "w")
+    write_whole(path, lambda file: csv.writer(file, lineterminator="\n").writerows([header, *rows]), "w")
 
 
 def report(runs, unit, path):
@@ -114,7 +113,7 @@ def plot(runs, path, unit):
     axes.set_xticks(lengths, lengths)
     axes.set_yticks([], minor=True)
     axes.legend()
-    data.write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
+    write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
 
 
 def load_checkpoint(path):
@@ -155,7 +154,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         wrong, *choices = re.findall(r"[\w-]+", message.partition("invalid choice: ")[2]) or [""]
-        self.exit(2, f"{self.prog}: {message} {data.nearest(wrong, choices)}\n")
+        self.exit(2, f"{self.prog}: {message} {nearest(wrong, choices)}\n")
 
 
 def number(kind, low, high=10 ** 9):
@@ -219,7 +218,7 @@ def main():
     jobs, runs, units = [], [], set()
     for path in args.checkpoints:
         checkpoint = load_checkpoint(path)
-        corpus = data.load(args.data or checkpoint.args["data"], checkpoint.args["tokenizer"], args.data_dir)
+        corpus = load(args.data or checkpoint.args["data"], checkpoint.args["tokenizer"], args.data_dir)
         units.add(corpus.unit)
         if corpus.vocab_id != checkpoint.vocab_id or len(units) > 1:
             raise UserError(f"{path} has another vocabulary than the corpus or the checkpoint before: name its --data")

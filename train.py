@@ -19,9 +19,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import data
 import eval
-from data import UserError
+from data import UserError, load, write_whole
 from model import GPT, POSITIONS, GPTConfig, to_device
 
 whole, positive, real = eval.number(int, 0), eval.number(int, 1), eval.number(float, 0)
@@ -151,7 +150,7 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
                                 [loss.item() for loss in losses], model.state_dict(), optimizer.state_dict())._asdict()
         eval.write_csv(folder / "log.csv", ["step", "train_loss", "valid_loss", "lr", "tokens_per_s"], log)
         for name in names:
-            data.write_whole(folder / name, lambda file: torch.save(state, file))
+            write_whole(folder / name, lambda file: torch.save(state, file))
 
     def check_finite(value):
         if not math.isfinite(value):
@@ -246,7 +245,7 @@ def main():
     if rank:
         sys.stdout = open(os.devnull, "w")      # process 0 alone prints and writes
         dist.barrier()                          # it fills the cache first
-    corpus = data.load(args.data, args.tokenizer, args.data_dir)
+    corpus = load(args.data, args.tokenizer, args.data_dir)
     if world > 1 and rank == 0:
         dist.barrier()
     eval.check_lengths([args.block_size], corpus.train)
