@@ -39,6 +39,8 @@ class GPTConfig:
             raise ModelError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
         if self.random_positions and self.random_positions < self.block_size:
             raise ModelError(f"--random_positions {self.random_positions} is below --block_size {self.block_size}")
+        if issubclass(POSITIONS[self.pos], Rotary) and self.n_embd // self.n_head % 2:
+            raise ModelError(f"--pos {self.pos} needs --n_embd {self.n_embd} / --n_head {self.n_head} to be even")
 
 
 # ---- position encodings ---------------------------------------------------------------------------
@@ -107,11 +109,6 @@ class Sinusoidal(Position):
 class Rotary(Position):
     """(q, k)_n turned by i w_n, w_n = 10000^(-2n/D), pairs (n, n + D/2) (RoPE, Su et al. 2104.09864)."""
     base = 10000.0
-
-    def __init__(self, config):
-        super().__init__(config)
-        if config.n_embd // config.n_head % 2:
-            raise ModelError(f"--pos {config.pos} needs --n_embd {config.n_embd} / --n_head {config.n_head} to be even")
 
     def rotate(self, q, k, i):
         return self.turn(q, i), self.turn(k, i)

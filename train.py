@@ -255,8 +255,6 @@ def main():
     jobs, tables, runs = [], [], []
     for pos in dict.fromkeys(args.pos):
         config = GPTConfig(**shape | {"pos": pos, "vocab_size": corpus.vocab_size})
-        with torch.device("meta"):      # raises what can be raised before the first run starts
-            GPT(config)
         flags = argparse.Namespace(**vars(args) | {"pos": pos})
         jobs.append((config, find_checkpoint(Path(args.out_dir, pos, "ckpt.pt"), flags, corpus.vocab_id)))
     for config, checkpoint in jobs:
