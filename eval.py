@@ -26,7 +26,7 @@ Checkpoint = namedtuple("Checkpoint", "config args vocab_id step best log losses
 
 @torch.no_grad()
 def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_tokens=16384):
-    """(loss in nats summed, targets counted), each (length,) by position in the window, over all of `tokens`.
+    """(2, length): loss in nats summed and targets counted, by position in the window, over all of `tokens`.
 
     `length` may be at most model.pos.max_length. Uses no randomness; the model stays in its mode."""
     device, training, stride = next(model.parameters()).device, model.training, stride or length
@@ -34,17 +34,16 @@ def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_toke
     starts = list(range(0, max(0, len(tokens) - 1 - length) + stride, stride))
     last, size = starts.pop(), max(1, batch_tokens // length)           # the last window may be short
     batches = [starts[n:n + size] for n in range(0, len(starts), size)] + [[last]]
-    total, count = torch.zeros(2, length, dtype=torch.float64)
+    sums = torch.zeros(2, length, dtype=torch.float64)
     for batch in tqdm(batches, f"{model.config.pos} at {length}", leave=False, disable=None):
         ids = torch.stack([torch.from_numpy(tokens[n:n + length + 1].astype("int64")) for n in batch])
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(ids[:, :-1].to(device), ids[:, 1:]).cpu().double()                  # (B, T)
         # the window before has scored all targets but the last `stride`
         new = torch.arange(loss.shape[1]) >= torch.tensor([[length - stride if n else 0] for n in batch])
-        total[:loss.shape[1]] += (loss * new).sum(0)
-        count[:loss.shape[1]] += new.sum(0)
+        sums[:, :loss.shape[1]] += torch.stack((loss * new, new)).sum(1)
     model.train(training)
-    return total, count
+    return sums
 
 
 def measure(model, path, tokens, lengths, split="valid", stride=None, extend="", by_position=False, **options):
