@@ -9,7 +9,6 @@ import functools
 import math
 import os
 import signal
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -199,7 +198,7 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
             if world > 1:
                 dist.all_reduce(mean)
             total, count = eval.evaluate(model, corpus.valid, config.block_size, dtype=dtype)
-            valid, speed = (total.sum() / count.sum()).item(), statistics.median(speeds[1:] or speeds)
+            valid, speed = (total.sum() / count.sum()).item(), float(np.median(speeds[1:] or speeds))
             check_finite(valid)
             tqdm.write(f"{config.pos} step {step}: train loss {mean.item():.4f}, validation loss {valid:.4f}, "
                        f"learning rate {lr:.2e}, {speed:,.0f} tokens/s")
