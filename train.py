@@ -168,7 +168,7 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
     bar = tqdm(total=args.max_iters, initial=step, desc=config.pos, disable=True if rank else None)
     speeds, seen, clock = [], step, time.perf_counter()
     peak_memory(device, reset=True)
-    while step < args.max_iters:
+    while step < args.max_iters and not stop:
         torch.manual_seed((args.seed << 31) + step)     # all that is random in a step: resumed runs repeat it exactly
         lr = get_lr(step, args)
         for group in optimizer.param_groups:
@@ -207,14 +207,13 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
             if rank == 0:
                 save(*["best.pt"] * better, "ckpt.pt")
             clock = time.perf_counter()
-        if stop:
-            save("ckpt.pt")
-            bar.close()
-            print(f"stopped after step {step}: the same command with --resume goes on from {folder / 'ckpt.pt'}")
-            sys.exit(128 + stop[0])
     bar.close()
     for signum, handler in before.items():
         signal.signal(signum, handler)
+    if stop:
+        save("ckpt.pt")
+        print(f"stopped after step {step}: the same command with --resume goes on from {folder / 'ckpt.pt'}")
+        sys.exit(128 + stop[0])
     _, _, valid, _, speed = log[-1] if log else [math.nan] * 5
     return model, (config.pos, sum(p.numel() for p in model.parameters()), model.flops_per_token(), speed,
                    peak_memory(device), valid, folder / "ckpt.pt")
