@@ -53,7 +53,7 @@ def write_whole(path, write, mode="wb"):
     except (OSError, RuntimeError, ValueError) as error:    # as torch or matplotlib have it
         if beside.exists():
             beside.unlink()
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise UserError(f"cannot write {path} ({reason}): make room or name another file or folder") from error
 
 

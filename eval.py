@@ -49,6 +49,8 @@ def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_toke
 def measure(model, path, tokens, lengths, split="valid", stride=None, extend="", by_position=False, **options):
     """One CSV row a length, a dict; tokens, loss and ppl are None beyond what the encoding can do."""
     config, rows = model.config, []
+    if next(model.parameters()).is_cuda:
+        torch.compiler.reset()      # the fused kernel's allowance of recompilations is small
     for length in lengths:
         row = dict(pos=config.pos, train_length=config.block_size, length=length, stride=stride, split=split,
                    tokens=None, loss=None, ppl=None, extend=extend, window=config.window, logn=int(config.logn),

@@ -265,20 +265,21 @@ class Scores:
     def __init__(self, pos, i, window):
         self.pos, self.i, self.T, self.window = pos, i, len(i), window or len(i)
         self.h = torch.arange(pos.config.n_head, device=i.device)[:, None]
-        self.relative = pos.relative and not (pos.training and pos.config.random_positions) or not pos.bias
+        self.relative = pos.bias is None or pos.relative and not (pos.training and pos.config.random_positions)
         if self.relative:
             vector = pos.bias(self.h, i - i[0], 0 * i) if pos.bias else i.new_zeros(1, self.T)
             self.vector = vector.masked_fill(torch.arange(self.T, device=i.device) >= self.window, -math.inf)  # (H, T)
             self.past = torch.cat((torch.full_like(self.vector[:, 1:], -math.inf), self.vector), 1)
-        shared = self.relative or torch.is_grad_enabled()       # by the layers; else as many queries as memory is for
-        self.slice = functools.cache(self.slice) if shared else self.slice
+            self.blocks = causal_blocks(self.T, self.window, i.device) if i.is_cuda else None
+        shared = self.relative or torch.is_grad_enabled()       # by all layers; else as many queries as memory is for
         self.rows = 128 if shared else max(1, min(128, 2 ** 18 // self.T))
+        self.masks = [self.slice(start) for start in range(0, self.T, self.rows)] if shared else None
 
-    def slice(self, start, stop):
-        """(1, H, stop - start, keys): queries start to stop - 1, keys stop - 1 down to the first in their windows.
+    def slice(self, start):
+        """(1, H, rows, keys): queries from start on, keys from the last query's down to the first in their windows.
 
         Where one slice is the whole, its few keys run forward."""
-        first = max(0, start - self.window + 1)
+        first, stop = max(0, start - self.window + 1), min(start + self.rows, self.T)
         if self.relative:
             H, width = self.past.shape
             mask = self.past.as_strided((1, H, stop - start, stop - first), (0, width, 1, 1), start + self.T - stop)
@@ -303,9 +304,8 @@ def attend(q, k, v, scores, dropout=0.0):
     Slices of the queries keep the memory linear in T; they run in float32, since bfloat16 would round the bias."""
     if scores is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    if q.is_cuda and scores.relative and not dropout:
-        return flex(q, k, v, score_mod=scores.score_mod if scores.pos.bias else None,
-                    block_mask=causal_blocks(scores.T, scores.window, q.device))
+    if q.is_cuda and scores.relative and not dropout and q.shape[-1] >= 16:      # FlexAttention's least head width
+        return flex(q, k, v, score_mod=scores.score_mod if scores.pos.bias else None, block_mask=scores.blocks)
     dtype, T, y = q.dtype, q.shape[2], []
     q, k, v = q.float(), k.float(), v.float()
     if T > scores.rows:
@@ -313,7 +313,7 @@ def attend(q, k, v, scores, dropout=0.0):
     with torch.autocast(q.device.type, enabled=False):
         for start in reversed(range(0, T, scores.rows)):     # the longest first: the others fit where it was
             stop = min(start + scores.rows, T)
-            mask = scores.slice(start, stop)
+            mask = scores.masks[start // scores.rows] if scores.masks else scores.slice(start)
             keys = slice(T - stop, T - stop + mask.shape[-1])
             y.append(F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], mask, dropout))
     return torch.cat(y[::-1], 2).to(dtype)
@@ -417,10 +417,14 @@ class GPT(nn.Module):
             raise ModelError(f"{self.config.pos} ends at {self.pos.max_length} positions, asked for {T}")
         i = self.pos.positions(T, idx.device)
         x = self.drop(self.pos.embed(self.wte(idx), i))
-        layers = [self.pos.layer(n) for n in range(len(self.blocks))]
-        scores = {window: Scores(self.pos, i, window) if self.pos.bias or 0 < window < T else None
-                  for window in {window for _, window, _ in layers}}
-        for block, (rotates, window, logn) in zip(self.blocks, layers):
+        windows = {self.pos.layer(n)[1] for n in range(len(self.blocks))}
+        scores = {w: Scores(self.pos, i, w) if self.pos.bias or 0 < w < T else None for w in windows}
+        return self.stack(x, i, scores)
+
+    def stack(self, x, i, scores):
+        """What torch.compile is for, all blocks: (B, T, C), (T,), the Scores for each window -> (B, T, C)."""
+        for n, block in enumerate(self.blocks):
+            rotates, window, logn = self.pos.layer(n)
             x = block(x, i, self.pos.rotate if rotates else None, logn, scores[window])
         return self.ln_f(x)
 

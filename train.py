@@ -141,7 +141,8 @@ def train(config, checkpoint, corpus, args, device, dtype, rank, world):
         step, best, log = checkpoint.step, checkpoint.best, checkpoint.log
         losses = list(torch.tensor(checkpoint.losses, device=device))
     if args.compile or args.compile is None and device.type == "cuda":
-        model.trunk = torch.compile(model.trunk)
+        torch.compiler.reset()      # else the encodings share one small allowance of recompilations
+        model.stack = torch.compile(model.stack)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     def save(*names):
