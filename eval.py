@@ -112,7 +112,7 @@ def plot(runs, path, unit):
     for trained in {run[0]["train_length"] for run in runs}:
         axes.axvline(trained, color="grey", linestyle="--", label=f"trained length {trained}")
     axes.set_xticks(lengths, lengths)
-    axes.set_yticks([], minor=True)
+    axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     axes.legend()
     write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
 
