@@ -1,135 +1,170 @@
 """A corpus, by name or folder, as arrays of token ids: download, verify, tokenise, cache.
 
-    corpus = load("wikitext-103", "word", "data")      # or "wikitext-2", "stdlib", or a folder of three text files
-    corpus.train, corpus.valid, corpus.test            # memory-mapped, one id a token
+    corpus = load("wikitext-103", "word", "data")       # or "wikitext-2", "stdlib", or a folder
+    corpus.train, corpus.valid, corpus.test             # memory-mapped, one id a token
 
-A cache belongs to its source files (path, size, time) and this version of the tokenisers; any other is rebuilt.
+A cache belongs to its source files (path, size, time) and this version of the tokenisers; others are rebuilt.
 """
+import csv
 import hashlib
+import io
 import json
 import os
 import sysconfig
 import urllib.request
 import zipfile
 from collections import defaultdict, namedtuple
-from difflib import get_close_matches
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 1     # of the tokenisers: raise it when their output changes
+VERSION = 2     # of the tokenisers and the cache: raise it when what they write changes
 SPLITS = ("train", "valid", "test")
 # bytes and sha256 of NAME-v1.zip, from huggingface/datasets: datasets/wikitext/dataset_infos.json
 ZIPS = {"wikitext-103": (190229076, "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"),
         "wikitext-2": (4475746, "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c")}
-NAMES = (*ZIPS, "stdlib")
-MIRRORS = ("https://wikitext.smerity.com/", "https://s3.amazonaws.com/research.metamind.io/wikitext/")
-TIMEOUT = 30    # seconds of silence before the next mirror's turn
+MIRROR = "https://wikitext.smerity.com/"    # it refuses urllib's own User-Agent; the original on S3 is gone
+TIMEOUT = 30                                # seconds of silence before a download is given up
 
-# vocab_id is a digest of the vocabulary: a model fits a corpus where it is equal; unit is "word" or "byte"
-Corpus = namedtuple("Corpus", [*SPLITS, "vocab_size", "vocab_id", "unit"])
+# words: the vocabulary by id, None for bytes; digest: what tells one training text from another
+Corpus = namedtuple("Corpus", [*SPLITS, "words", "digest"])
 
 
 class UserError(Exception):
-    """A mistake its user can mend: one line that says what is wrong and what would be right."""
-
-
-def nearest(name, names):
-    """'' or a hint at the name that was probably meant."""
-    return "".join(f"did you mean {near}? " for near in get_close_matches(name, names, 1, 0.4))
+    """What a user can put right: one line that says what is wrong and what would be right."""
 
 
 def write_whole(path, write, mode="wb"):
-    """Calls write(file) for a file that takes its place at `path` when whole: an error or a kill leaves the old one."""
-    beside = Path(f"{path}.tmp")
+    """Calls write(file) on a file beside, which then takes the place of `path`: never a half-written one.
+
+    A pipe or a device is written to as it is. Raises UserError where it cannot be written."""
+    path, beside = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, mode) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path if path.exists() and not path.is_file() else beside, mode) as file:
             write(file)
-        os.replace(beside, path)
-    except (OSError, RuntimeError, ValueError) as error:    # as torch or matplotlib have it
         if beside.exists():
-            beside.unlink()
+            os.replace(beside, path)
+    except (OSError, RuntimeError, ValueError) as error:    # as torch or matplotlib have it
         reason = str(error).partition("\n")[0]
-        raise UserError(f"cannot write {path} ({reason}): make room or name another file or folder") from error
+        raise UserError(f"cannot write {path} ({reason}): "
+                        "make room, or name another file or folder") from error
+    finally:
+        if path.parent.is_dir():
+            beside.unlink(missing_ok=True)
+
+
+def write_csv(path, header, rows):
+    write_whole(path, lambda file: csv.writer(file, lineterminator="\n").writerows([header, *rows]), "w")
 
 
 def load(name, tokenizer, data_dir):
     """The Corpus called `name`, or in the folder `name`, tokenised once and cached. Raises UserError."""
-    files = stdlib_files() if name == "stdlib" else corpus_files(name, Path(data_dir))
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for split in SPLITS for path in files[split]]
+    files = find_files(name, SPLITS, data_dir)
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in chain(*files.values())]
     key = hashlib.sha256(repr((VERSION, tokenizer, stats)).encode()).hexdigest()[:16]
     cache = Path(data_dir, "cache", f"{Path(name).resolve().name}-{tokenizer}-{key}.npy")
-    if corpus := open_cache(cache, tokenizer):
+    if corpus := open_cache(cache):
         return corpus
-    words, splits = (read_bytes if tokenizer == "byte" else read_words)(files)
+    if tokenizer == "byte":
+        words, splits = None, [read_split(files[split], None) for split in SPLITS]
+    else:
+        words, splits = read_words(files)
     if empty := [split for split, ids in zip(SPLITS, splits) if not len(ids)]:
         raise UserError(f"the {empty[0]} split of {name} is empty: every split needs text")
-    vocab_id = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
-    meta = [len(ids) for ids in splits], str(splits[0].dtype), len(words), vocab_id
+    digest = hashlib.sha256("\n".join(words or []).encode() + splits[0].tobytes()).hexdigest()
+    meta = [len(ids) for ids in splits], words, digest
     write_whole(cache, lambda file: np.save(file, np.concatenate(splits)))
-    write_whole(cache.with_suffix(".json"), lambda file: json.dump(meta, file), "w")     # last: it vouches for it
-    return open_cache(cache, tokenizer)
+    write_whole(cache.with_suffix(".json"), lambda file: json.dump(meta, file), "w")    # last: it vouches
+    return open_cache(cache)
 
 
-def open_cache(path, tokenizer):
+def open_cache(path):
     """The cached Corpus, memory-mapped, or None where there is no whole one."""
     try:
-        counts, dtype, vocab_size, vocab_id = json.loads(path.with_suffix(".json").read_text())
+        counts, words, digest = json.loads(path.with_suffix(".json").read_text())
         ids = np.load(path, mmap_mode="r")
-        if len(ids) == sum(counts) and ids.dtype == dtype:
-            return Corpus(*np.split(ids, np.cumsum(counts)[:2]), vocab_size, vocab_id, tokenizer)
+        if len(ids) == sum(counts) and ids.dtype == id_type(words):
+            return Corpus(*np.split(ids, np.cumsum(counts)[:2]), words, digest)
     except (OSError, EOFError, ValueError, TypeError):
         return None
 
 
-# ---- tokenisers: {split: [path, ...]} -> the words by id, the ids of each split
+def load_split(name, split, words, data_dir):
+    """(T,) the ids of one split under a given vocabulary: any text for a trained model. Raises UserError."""
+    return read_split(find_files(name, [split], data_dir)[split], words)
 
 
-def read_bytes(files):
-    """The 256 byte values."""
-    splits = [np.frombuffer(b"".join(path.read_bytes() for path in files[split]), np.uint8) for split in SPLITS]
-    return [str(value) for value in range(256)], splits
+# ---- tokenisers -----------------------------------------------------------------------------------
+
+
+def id_type(words):
+    """The smallest type that holds all ids."""
+    return np.dtype(np.uint8 if words is None else np.uint16 if len(words) <= 2 ** 16 else np.int32)
 
 
 def read_words(files):
-    """fairseq's reading of WikiText: white space parts words, <eos> ends each line, ids by falling frequency in train.
+    """fairseq's reading of WikiText: split on white space, <eos> after each line, frequent words first.
 
-    Ties stand in order of appearance. A word of valid or test that train lacks is <unk>."""
+    Ties stand in order of appearance. {split: [path, ...]} -> the vocabulary, the ids of each split."""
     ids = defaultdict()
     ids.default_factory = ids.__len__       # a new word gets the next id
     train = np.fromiter(map(ids.__getitem__, chain.from_iterable(read_chunks(files["train"]))), np.int32)
-    ids.default_factory = None
-    unk = ids.setdefault("<unk>", len(ids))
+    ids["<unk>"]                            # has an id even where train has none
     order = np.argsort(-np.bincount(train, minlength=len(ids)), kind="stable")
-    rank = np.argsort(order).astype(np.uint16 if len(ids) <= 2 ** 16 else np.int32)
-    rest = [np.fromiter((ids.get(word, unk) for words in read_chunks(files[split]) for word in words), np.int32)
-            for split in SPLITS[1:]]
-    return np.array(list(ids), object)[order], [rank[split] for split in (train, *rest)]
+    words = np.array(list(ids), object)[order].tolist()
+    rank = np.argsort(order).astype(id_type(words))
+    return words, [rank[train], *(read_split(files[split], words) for split in SPLITS[1:])]
+
+
+def read_split(paths, words):
+    """(T,) the ids of a text: bytes, or words of the vocabulary; a word that it lacks is <unk>."""
+    if words is None:
+        return np.frombuffer(b"".join(path.read_bytes() for path in paths), np.uint8)
+    ids = {word: n for n, word in enumerate(words)}
+    unk, text = ids["<unk>"], chain.from_iterable(read_chunks(paths))
+    return np.fromiter((ids.get(word, unk) for word in text), id_type(words))
 
 
 def read_chunks(paths):
-    """Yields lists of words, a megabyte of whole lines at a time. Raises UserError where a file is not UTF-8."""
+    """Yields lists of words, a million characters of whole lines at a time. Raises UserError."""
     for path in paths:
-        with open(path, "rb") as file, progress(path.stat().st_size, f"reading {path.name}") as bar:
-            while chunk := b"".join(file.readlines(1 << 20)):
-                try:
-                    text = chunk.decode().removesuffix("\n") + "\n"
-                except UnicodeDecodeError as error:
-                    place = file.tell() - len(chunk) + error.start
-                    raise UserError(f"{path}: byte {place} is not UTF-8: convert it or use --tokenizer byte") from error
-                yield text.replace("\n", " <eos> ").split()
-                bar.update(len(chunk))
+        try:
+            size = path.stat().st_size
+            with open(path, encoding="utf-8-sig", newline="\n") as file, progress(size, path.name) as bar:
+                while text := "".join(file.readlines(1 << 20)):
+                    bar.update(len(text))
+                    yield (text.removesuffix("\n") + "\n").replace("\n", " <eos> ").split()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 ({error.reason}): try --tokenizer byte") from error
 
 
 def progress(total, label):
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None)
 
 
-# ---- where the text comes from: {split: [path, ...]}
+# ---- where the text comes from: {split: [path, ...]} ----------------------------------------------
+
+
+def find_files(name, splits, data_dir):
+    """The text files of the splits; WikiText is fetched first. Raises UserError."""
+    if name == "stdlib":
+        return stdlib_files()
+    folder = Path(data_dir, name) if name in ZIPS else Path(name)
+    if name in ZIPS and not folder.exists():
+        fetch(name, folder)
+    if not folder.is_dir():
+        raise UserError(f"no corpus '{name}': it is one of {', '.join(ZIPS)}, stdlib, or a folder")
+    for pattern in ("wiki.{}.tokens", "{}.txt"):
+        files = {split: [folder / pattern.format(split)] for split in splits}
+        if all(path.is_file() for [path] in files.values()):
+            return files
+    wanted = ",".join(splits)
+    raise UserError(f"{folder} must hold wiki.{{{wanted}}}.tokens or {{{wanted}}}.txt")
 
 
 def stdlib_files():
@@ -140,63 +175,27 @@ def stdlib_files():
     return {"train": [path for path in train if path not in valid + test], "valid": valid, "test": test}
 
 
-def corpus_files(name, data_dir):
-    """A folder's three text files; WikiText is downloaded first. Raises UserError."""
-    folder = data_dir / name if name in ZIPS else Path(name)
-    if name in ZIPS and not folder.exists():
-        archive = data_dir / f"{name}-v1.zip"
-        if not archive.exists():
-            download(name, archive)
-        verify(archive, name)
-        unpack(name, archive, folder)
-    if not folder.is_dir():
-        raise UserError(f"no corpus '{name}': {nearest(name, NAMES)}it is one of {', '.join(NAMES)}, or a folder")
-    for pattern in ("wiki.{}.tokens", "{}.txt"):
-        files = {split: [folder / pattern.format(split)] for split in SPLITS}
-        if all(path.is_file() for [path] in files.values()):
-            return files
-    raise UserError(f"{folder} must hold three files: wiki.{{train,valid,test}}.tokens or {{train,valid,test}}.txt")
+def fetch(name, folder):
+    """The three files of the published zip, all or nothing; a zip put beside `folder` saves the download.
 
-
-def download(name, path):
-    """Fetches the zip from the first mirror that serves it whole. Raises UserError with what each one did."""
-    part, failures = path.with_suffix(".part"), []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for mirror in MIRRORS:
-        # the first mirror refuses urllib's own User-Agent
-        request = urllib.request.Request(mirror + path.name, headers={"User-Agent": "Mozilla/5.0"})
-        try:
-            with (urllib.request.urlopen(request, timeout=TIMEOUT) as reply, open(part, "wb") as file,
-                  progress(ZIPS[name][0], f"downloading {path.name}") as bar):
-                while block := reply.read(1 << 20):
-                    bar.update(file.write(block))
-            verify(part, name)
-            return os.replace(part, path)
-        except (OSError, HTTPException, UserError) as error:
-            failures.append(f"{mirror}: {error}")
-            part.unlink(missing_ok=True)
-    raise UserError(f"cannot download {name} ({'; '.join(failures)}): fetch {path.name} by hand into "
-                    f"{path.parent.resolve()}, or use --data stdlib")
-
-
-def verify(path, name):
-    """Raises UserError unless the file is the published zip."""
-    content = path.read_bytes()
-    found = len(content), hashlib.sha256(content).hexdigest()
-    if found != ZIPS[name]:
-        raise UserError(f"{path} has size and sha256 {found}, the real one {ZIPS[name]}: remove it, it will be fetched")
-
-
-def unpack(name, path, folder):
-    """The zip's three files into `folder`, all or nothing; no path in it is followed. Raises UserError."""
+    Raises UserError."""
+    archive, content = folder.with_name(f"{name}-v1.zip"), bytearray()
+    source = archive.resolve().as_uri() if archive.exists() else MIRROR + archive.name
+    request = urllib.request.Request(source, headers={"User-Agent": "Mozilla/5.0"})
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(".." in member or member.startswith("/") for member in archive.namelist()):
-                raise KeyError("a path in it leads outside")
-            texts = {file: archive.read(f"{name}/{file}") for file in (f"wiki.{split}.tokens" for split in SPLITS)}
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{path} is not WikiText ({error.args[0]}): remove it, it will be fetched") from error
-    beside = Path(f"{folder}.tmp")
-    for file, text in texts.items():
-        write_whole(beside / file, lambda out: out.write(text))
-    os.replace(beside, folder)
+        with (urllib.request.urlopen(request, timeout=TIMEOUT) as file,
+              progress(ZIPS[name][0], archive.name) as bar):
+            while block := file.read(1 << 20):
+                content += block
+                bar.update(len(block))
+        found = len(content), hashlib.sha256(content).hexdigest()
+        if found != ZIPS[name]:
+            raise ValueError(f"size and sha256 are {found}, not {ZIPS[name]}")
+    except (OSError, HTTPException, ValueError) as error:
+        raise UserError(f"cannot take {name} from {source} ({error}): put the real {archive.name} into "
+                        f"{folder.parent.resolve()}, or use --data stdlib") from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as beside, zipfile.ZipFile(io.BytesIO(content)) as members:
+        members.extractall(beside)
+        if not folder.exists():         # no other process was faster
+            os.replace(Path(beside, name), folder)

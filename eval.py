@@ -1,161 +1,211 @@
 """Loss and perplexity of trained checkpoints at many lengths: the table, the CSV, the figure.
 
-    python eval.py out/quick/sinusoidal out/quick/alibi --csv table.csv --plot figure.png
+    python eval.py out/quick --csv table.csv --plot figure.png
     python eval.py out/quick/rotary --extend interpolate ntk --window 64 --stride 32 --by_position
 
-Without --stride the text is cut into blocks; with it, windows of each length move on by that many tokens and score
-what no window before them has. Either way every target (each token but the first) counts once, at every length.
+Without --stride the text is cut into blocks; with it, windows of each length move on by that many tokens
+and score what no window before them has. Either way every target (each token but the first) counts once,
+at every length.
 """
 import argparse
 import csv
 import importlib.util
 import math
-import re
 import sys
-from collections import namedtuple
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import UserError, load, nearest, write_whole
-from model import EXTENSIONS, GPT, GPTConfig, ModelError, prepare
-
-Checkpoint = namedtuple("Checkpoint", "config args vocab_id step best log losses model optimizer")  # saved as a dict
+from data import UserError, load_split, write_csv, write_whole
+from model import EXTENSIONS, GPT, GPTConfig, ModelError, fits
 
 
 @torch.no_grad()
 def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_tokens=16384):
     """(2, length): loss in nats summed and targets counted, by position in the window, over all of `tokens`.
 
-    `length` may be at most model.pos.max_length. Uses no randomness; the model stays in its mode."""
+    Uses no randomness; the model stays in its mode. Raises ModelError beyond the encoding's length."""
     device, training, stride = next(model.parameters()).device, model.training, stride or length
     model.eval()
-    starts = list(range(0, max(0, len(tokens) - 1 - length) + stride, stride))
-    last, size = starts.pop(), max(1, batch_tokens // length)           # the last window may be short
-    batches = [starts[n:n + size] for n in range(0, len(starts), size)] + [[last]]
+    starts = range(0, max(0, len(tokens) - 1 - length) + stride, stride)
+    size = max(1, batch_tokens // length)
     sums = torch.zeros(2, length, dtype=torch.float64)
-    for batch in tqdm(batches, f"{model.config.pos} at {length}", leave=False, disable=None):
-        ids = torch.stack([torch.from_numpy(tokens[n:n + length + 1].astype("int64")) for n in batch])
+    for n in tqdm(range(0, len(starts), size), f"{model.config.pos} at {length}", leave=False, disable=None):
+        batch = starts[n:n + size]
+        ids = torch.zeros(len(batch), length + 1, dtype=torch.long)         # zeros fill a short last window
+        counts = torch.zeros(len(batch), length, dtype=torch.bool)
+        for row, start in enumerate(batch):
+            window = torch.from_numpy(tokens[start:start + length + 1].astype(np.int64))
+            ids[row, :len(window)] = window
+            # the window before has scored all targets but the last `stride`
+            counts[row, length - stride if start else 0:len(window) - 1] = True
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(ids[:, :-1].to(device), ids[:, 1:]).cpu().double()                  # (B, T)
-        # the window before has scored all targets but the last `stride`
-        new = torch.arange(loss.shape[1]) >= torch.tensor([[length - stride if n else 0] for n in batch])
-        sums[:, :loss.shape[1]] += torch.stack((loss * new, new)).sum(1)
+            loss = model(ids[:, :-1].to(device), ids[:, 1:]).cpu().double()                 # (B, T)
+        sums += torch.stack((loss.where(counts, 0), counts)).sum(1)
     model.train(training)
     return sums
 
 
-def measure(model, path, tokens, lengths, split="valid", stride=None, extend="", by_position=False, **options):
-    """One CSV row a length, a dict; tokens, loss and ppl are None beyond what the encoding can do."""
+def measure(model, tokens, lengths, path, data, split="valid", stride=None, extension="", by_position=False,
+            **options):
+    """One CSV row a length, as a dict; tokens, loss and ppl are None beyond what the encoding can do."""
     config, rows = model.config, []
     if next(model.parameters()).is_cuda:
-        torch.compiler.reset()      # the fused kernel's allowance of recompilations is small
+        torch.compiler.reset()      # the allowance of recompilations is for all models together
     for length in lengths:
         row = dict(pos=config.pos, train_length=config.block_size, length=length, stride=stride, split=split,
-                   tokens=None, loss=None, ppl=None, extend=extend, window=config.window, logn=int(config.logn),
-                   random_positions=config.random_positions, checkpoint=path)
+                   tokens=None, loss=None, ppl=None, extend=extension, window=config.window,
+                   logn=int(config.logn), random_positions=config.random_positions, checkpoint=str(path),
+                   data=data)
         rows.append(row)
-        prepare(model, length, extend)
-        if length <= model.pos.max_length:
+        if extension:
+            EXTENSIONS[extension][0](model.pos, length)
+        try:
             total, count = evaluate(model, tokens, length, stride, **options)
-            loss = (total.sum() / count.sum()).item()
-            row.update(tokens=int(count.sum()), loss=loss, ppl=math.exp(min(loss, 700)))
-        if by_position and row["loss"]:
-            edges = [0, *(2 ** n for n in range((length - 1).bit_length())), length]    # bins that double
+        except ModelError:      # beyond the encoding
+            continue
+        loss = (total.sum() / count.sum()).item()
+        row.update(tokens=int(count.sum()), loss=loss, ppl=math.exp(min(loss, 700)))
+        if by_position:
+            edges = [0, *(2 ** n for n in range((length - 1).bit_length())), length]        # bins that double
             for a, b in zip(edges, edges[1:]):
                 bin_loss = total[a:b].sum() / count[a:b].sum()
                 print(f"{name(row)} at {length}, having seen {a + 1} to {b} tokens: loss {bin_loss:.4f}")
     return rows
 
 
-def name(row):
-    """How a row's model is called: rotary + ntk + window 64."""
-    extra = [f"{key} {row[key]}" for key in ("window", "random_positions") if row[key]] + ["logn"] * row["logn"]
-    return " + ".join(filter(None, [row["pos"], row["extend"], *extra]))
+def name(row, with_data=False):
+    """How a row's model is called: rotary + ntk + window 64 on wikitext-2."""
+    parts = [row["pos"], row["extend"], "logn" if row["logn"] else ""]
+    parts += [f"{key} {row[key]}" for key in ("window", "random_positions") if row[key]]
+    return " + ".join(filter(None, parts)) + (f" on {row['data']}" if with_data else "")
 
 
-def write_csv(path, header, rows):
-    """A CSV file, written whole or not at all."""
-    write_whole(path, lambda file: csv.writer(file, lineterminator="\n").writerows([header, *rows]), "w")
+def verdict(run):
+    """holds, or from which length on it fails; nothing without the trained length and a longer one."""
+    trained, ppl = run[0]["train_length"], {row["length"]: row["ppl"] for row in run}
+    longer = [length for length in ppl if length > trained]
+    if not longer or not ppl.get(trained):
+        return ""
+    fails = [length for length in longer if ppl[length] is None or not ppl[length] <= 1.01 * ppl[trained]]
+    return f"fails from {fails[0]}" if fails else "holds"
 
 
-def report(runs, unit, path):
+def report(runs, unit, path, keep=False):
     """Prints the table: a line for each run, a column for each length, and who extrapolates.
 
-    Writes what was measured to the CSV file `path`, if any."""
+    Before that writes it to the CSV file `path`, if any; with `keep` rows of other checkpoints stay there."""
+    header, rows = list(runs[0][0]), [row for run in runs for row in run if row["loss"] is not None]
+    if keep and Path(path).exists():
+        with open(path, errors="replace") as file:
+            lines = csv.DictReader(line.replace("\0", "") for line in file)
+            measured = {row["checkpoint"] for row in rows}
+            rows = [row for row in lines if row.get("checkpoint") not in measured] + rows
+    if path:
+        write_csv(path, header, [[row.get(key) for key in header] for row in rows])
     first, lengths = runs[0][0], sorted({row["length"] for run in runs for row in run})
-    wide = max(len(name(run[0])) for run in runs)
+    several = len({run[0]["data"] for run in runs}) > 1
+    wide = max(len("encoding"), *(len(name(run[0], several)) for run in runs))
     protocol = f"sliding by {first['stride']}" if first["stride"] else "non-overlapping"
     print(f"perplexity per {unit}, {first['split']} split, {protocol}, by length in tokens")
     print(f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths))
     for run in runs:
-        trained, ppl = run[0]["train_length"], {row["length"]: row["ppl"] for row in run}
-        fails = [n for n in ppl if n > trained and not (ppl[n] or math.inf) <= 1.01 * (ppl.get(trained) or 0)]
-        verdict = "" if not ppl.get(trained) else f"fails from {fails[0]}" if fails else "holds"
-        cells = "".join(f"{ppl[n]:9.2f}" if ppl.get(n) else f"{'-':>9}" for n in lengths)
-        print(f"{name(run[0]):{wide}} {trained:>7}{cells}  {verdict}")
-    print("fails: more than 1% above the perplexity at the trained length, "
-          "or - : no room in the encoding's table of positions")
-    if path:
-        write_csv(path, first, [row.values() for run in runs for row in run if row["loss"] is not None])
+        cells = {row["length"]: f"{row['ppl']:.2f}" if row["ppl"] else "-" for row in run}
+        cells = {n: text if len(text) < 9 else f"{float(text):.2e}" for n, text in cells.items()}
+        print(f"{name(run[0], several):{wide}} {run[0]['train_length']:>7}"
+              + "".join(f"{cells.get(length, '-'):>9}" for length in lengths), f" {verdict(run)}")
+    print("fails: more than 1% above the perplexity at the trained length,\n"
+          "or - where the encoding's table of positions ends")
 
 
 def plot(runs, path, unit):
-    """Like the paper's Figure 1: perplexity against length, a line for each run, the trained length marked."""
-    from matplotlib.figure import Figure
-    figure, lengths = Figure(figsize=(7, 4.5)), sorted({row["length"] for run in runs for row in run})
-    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in tokens", ylabel=f"perplexity per {unit}")
-    for run in runs:
-        ppl = [row["ppl"] or math.nan for row in run]
-        axes.plot([row["length"] for row in run], ppl, marker="o", label=name(run[0]))
-    for trained in {run[0]["train_length"] for run in runs}:
-        axes.axvline(trained, color="grey", linestyle="--", label=f"trained length {trained}")
-    axes.set_xticks(lengths, lengths)
+    """Like the paper's Figure 1: perplexity against length, a line a run, the trained length marked."""
+    import matplotlib.figure
+    figure, lengths = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained"), set()
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in tokens",
+                              ylabel=f"perplexity per {unit}")
+    ends = []
+    for run, color in zip(runs, matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))):
+        if not (ppl := {row["length"]: row["ppl"] for row in run if row["ppl"]}):
+            continue
+        axes.plot(*zip(*sorted(ppl.items())), marker="o", color=color)
+        axes.axvline(run[0]["train_length"], color="grey", linestyle="--", zorder=0)
+        lengths.update(ppl)
+        ends.append((ppl[max(ppl)], name(run[0]), color))
+    axes.set_xticks(sorted(lengths), sorted(lengths))
+    axes.set_xticks([], minor=True)
     axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-    axes.legend()
+    axes.set_title("dashed: the trained length", loc="left", size="small", color="grey")
+    # the names beside the ends of their lines, from the lowest up, moved apart
+    height, (low, high) = -1.0, np.log(axes.get_ylim())
+    for ppl, label, color in sorted(ends, key=lambda end: end[0]):
+        height = max((math.log(ppl) - low) / (high - low), height + 0.06)
+        axes.text(1.02, height, label, color=color, va="center", transform=axes.transAxes)
     write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
 
 
+# ---- checkpoints ----------------------------------------------------------------------------------
+
+
+def find_checkpoints(path):
+    """The file itself, or all ckpt.pt in a folder and below. Raises UserError."""
+    found = [path] if Path(path).is_file() else sorted(Path(path).rglob("ckpt.pt"))
+    if not found:
+        raise UserError(f"no ckpt.pt in {path}: name a checkpoint, a run's folder, or a folder of runs")
+    return found
+
+
 def load_checkpoint(path):
-    """What train.py saved, from a file or a run's folder, as a Checkpoint. Runs no code from it. Raises UserError."""
-    path = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
+    """What train.py saved, a dict. Runs no code from the file. Raises UserError."""
     try:
-        checkpoint = Checkpoint(**torch.load(path, map_location="cpu", weights_only=True))
-        build(checkpoint)
-        assert {"data", "tokenizer"} <= checkpoint.args.keys()
+        if damaged := zipfile.ZipFile(path).testzip():
+            raise ValueError(f"{damaged} in it is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_values(checkpoint)
         return checkpoint
+    except MemoryError:
+        raise
     except Exception as error:      # whatever a damaged or foreign file does to the unpickler or the model
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UserError(f"{path} is no checkpoint of train.py ({reason}): name a ckpt.pt or a run's folder") from error
+        raise UserError(f"{path} is no checkpoint of train.py ({reason}): "
+                        "name a ckpt.pt or a run's folder") from error
+
+
+def check_values(checkpoint):
+    """Raises where a stranger's checkpoint holds what train.py does not save."""
+    kinds = dict(args=dict, digest=str, step=int, log=list, loss_sum=float, optimizer=dict)
+    if wrong := [key for key, kind in kinds.items() if not isinstance(checkpoint[key], kind)]:
+        raise TypeError(f"its {wrong[0]} is of another type")
+    np.array(checkpoint["log"], float).reshape(-1, 5)
+    if checkpoint["step"] < 0:
+        raise ValueError("its step is negative")
+    words, data = checkpoint["words"], checkpoint["args"]["data"]
+    if not all(isinstance(text, str) for text in (data, *(words or []))):
+        raise TypeError("its words or data are no text")
+    if checkpoint["config"]["vocab_size"] != (256 if words is None else len({"<unk>", *words})):
+        raise ValueError("vocab_size is not the number of its words")
+    params = [p for group in build(checkpoint).parameter_groups(0.0) for p in group["params"]]
+    for p, state in zip(params, checkpoint["optimizer"].values(), strict=True):
+        if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape or state["step"].numel() != 1:
+            raise ValueError("an optimizer state of another shape")
 
 
 def build(checkpoint, **changes):
     """The model in a checkpoint, with these fields of its config changed."""
-    model = GPT(GPTConfig(**checkpoint.config | changes))
-    model.load_state_dict(checkpoint.model)
+    layers = {key.split(".")[1] for key in checkpoint["model"] if key.startswith("blocks.")}
+    if len(layers) != checkpoint["config"]["n_layer"]:
+        raise ValueError(f"n_layer is not its {len(layers)} layers")
+    with torch.device("meta"):      # no memory, no initial weights
+        model = GPT(GPTConfig(**checkpoint["config"] | changes))
+    # a plain dict: into an OrderedDict torch writes that it is to be assigned, for whoever loads it next
+    model.load_state_dict(dict(checkpoint["model"]), assign=True)
     return model
 
 
-# ---- what this command line shares with train.py's
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the flags that both command lines have, and with one line for an error."""
-
-    def __init__(self, **texts):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
-        add = self.add_argument
-        add("--data_dir", default="data", help="downloads and caches (data)")
-        add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto is the best there is (auto)")
-        add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto is bfloat16 on cuda (auto)")
-        add("--lengths", type=number(int, 1), nargs="+", help="of the table (1, 2, 4, 8, 16 x the trained one)")
-        add("--window", type=number(int, 0), default=0, help="each token sees itself and WINDOW - 1 before it (all)")
-        add("--logn", action="store_true", help="scale queries by max(1, ln(place) / ln(trained length)) (off)")
-
-    def error(self, message):
-        wrong, *choices = re.findall(r"[\w-]+", message.partition("invalid choice: ")[2]) or [""]
-        self.exit(2, f"{self.prog}: {message} {nearest(wrong, choices)}\n")
+# ---- what this command line shares with train.py's ------------------------------------------------
 
 
 def number(kind, low, high=10 ** 9):
@@ -168,22 +218,45 @@ def number(kind, low, high=10 ** 9):
     return parse
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with the flags that both command lines have, and with one line for an error."""
+
+    def __init__(self, **texts):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
+        add = self.add_argument
+        add("--data_dir", default="data", metavar="DIR", help="downloads and caches (data)")
+        add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(the best there is)")
+        add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(bfloat16 on cuda)")
+        add("--compile", action=argparse.BooleanOptionalAction, help="(on cuda) with torch.compile, Triton")
+        add("--lengths", type=number(int, 1), nargs="+", metavar="N", help="(1 to 16 x the trained one)")
+        add("--window", type=number(int, 0), default=0, metavar="N", help="keys that a query sees (all)")
+        add("--logn", action="store_true", help="queries times max(1, ln(place) / ln(trained length)) (off)")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def pick_device(args):
-    """The torch.device and torch.dtype that --device and --dtype ask for."""
+    """The torch.device and torch.dtype asked for; sets args.compile where it was left open."""
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = best if args.device == "auto" else torch.device(args.device)
     if device.type not in ("cpu", best.type):
         raise UserError(f"--device {device}: torch finds none here; name {best} or auto")
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
+    if args.compile is None:
+        args.compile = device.type == "cuda"
     return device, getattr(torch, dtype)
 
 
-def check_lengths(lengths, tokens, stride=None):
-    """Raises UserError where the split is too short for a length, or a length for the stride."""
+def pick_lengths(args, block_size, tokens, stride=None):
+    """--lengths, or those that the split has room for. Raises UserError where one cannot be measured."""
+    doubled = [block_size * 2 ** n for n in range(5)]
+    lengths = sorted(set(args.lengths or [n for n in doubled if n < len(tokens)] or doubled[:1]))
     if max(lengths) >= len(tokens):
-        raise UserError(f"length {max(lengths)} is more than the {len(tokens) - 1} targets of a split: shorten it")
+        raise UserError(f"length {max(lengths)} is more than the {len(tokens) - 1} targets of the split")
     if stride and stride > min(lengths):
-        raise UserError(f"--stride {stride} would skip targets at length {min(lengths)}: make it at most that")
+        raise UserError(f"--stride {stride} would skip targets at length {min(lengths)}: at most that")
+    return lengths
 
 
 def run(main):
@@ -192,48 +265,68 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, ModelError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        hint = ": lower --batch_size and raise --grad_accum, in eval.py lower --batch_tokens" if memory else ""
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
+            reason += ": lower --batch_size and raise --grad_accum, in eval.py lower --batch_tokens"
+        elif any(kind.__module__ == "torch._dynamo.exc" for kind in type(error).__mro__):
+            reason = f"cannot compile ({reason[:200]}): --no-compile does without"
+        elif not isinstance(error, (UserError, ModelError, OSError)):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
         sys.exit(2)
 
 
-def main():
+def get_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT_OR_RUN_DIR")
-    add("--data", help="corpus name or folder (what the checkpoint was trained on)")
+    add("checkpoints", nargs="+", metavar="CKPT_OR_RUN_DIR", help="file, run's folder, or folder of runs")
+    add("--data", metavar="NAME", help="corpus or folder (what the checkpoint was trained on)")
     add("--split", choices=("valid", "test"), default="valid", help="which text (valid)")
-    add("--stride", type=number(int, 1), help="sliding windows that move on by this many tokens")
+    add("--stride", type=number(int, 1), metavar="N", help="sliding windows that move on by N tokens")
     add("--extend", nargs="+", default=[], choices=EXTENSIONS, help="a further row for each")
     add("--by_position", action="store_true", help="print loss against position in the window")
-    add("--batch_tokens", type=number(int, 1), default=16384, help="tokens in a batch (16384)")
+    add("--batch_tokens", type=number(int, 1), default=16384, metavar="N", help="tokens in a batch (16384)")
     add("--csv", metavar="FILE", help="write the table")
     add("--plot", metavar="FILE", help="draw the figure (needs matplotlib)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = get_args()
     device, dtype = pick_device(args)
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib")
     changes = {key: vars(args)[key] for key in ("window", "logn") if vars(args)[key]}
-    jobs, runs, units = [], [], set()
-    for path in args.checkpoints:
+
+    # all that can be wrong is found before the first measurement
+    jobs, units = [], set()
+    for path in [path for given in args.checkpoints for path in find_checkpoints(given)]:
         checkpoint = load_checkpoint(path)
-        corpus = load(args.data or checkpoint.args["data"], checkpoint.args["tokenizer"], args.data_dir)
-        units.add(corpus.unit)
-        if corpus.vocab_id != checkpoint.vocab_id or len(units) > 1:
-            raise UserError(f"{path} has another vocabulary than the corpus or the checkpoint before: name its --data")
-        lengths = args.lengths or [checkpoint.config["block_size"] * 2 ** n for n in range(5)]
-        check_lengths(lengths, getattr(corpus, args.split), args.stride)
-        for extend in ["", *args.extend]:
-            model = build(checkpoint, **changes)
-            prepare(model, lengths[0], extend)
-            jobs.append((model, path, getattr(corpus, args.split), lengths, args.split, args.stride, extend))
-    for model, *job in jobs:
-        runs.append(measure(model.to(device), *job, args.by_position, dtype=dtype, batch_tokens=args.batch_tokens))
-    report(runs, corpus.unit, args.csv)
+        data = args.data or checkpoint["args"]["data"]
+        tokens = load_split(data, args.split, checkpoint["words"], args.data_dir)
+        lengths = pick_lengths(args, checkpoint["config"]["block_size"], tokens, args.stride)
+        extensions = [name for name in args.extend if fits(GPTConfig(**checkpoint["config"]), name)]
+        jobs.append((path, data, tokens, lengths, extensions))
+        units.add("word" if checkpoint["words"] else "byte")
+    if len(units) > 1:
+        raise UserError("words and bytes do not compare: name checkpoints of one tokenizer")
+    for extension in set(args.extend).difference(*(job[-1] for job in jobs)):
+        raise UserError(f"--extend {extension} is for {', '.join(EXTENSIONS[extension][1])}, "
+                        "trained without random positions: none of the checkpoints is")
+    [unit] = units
+
+    runs = []
+    for path, data, tokens, lengths, extensions in jobs:
+        checkpoint = load_checkpoint(path)
+        for extension in ["", *extensions]:
+            model = build(checkpoint, **changes).to(device)
+            model.fuses = args.compile
+            runs.append(measure(model, tokens, lengths, path, data, args.split, args.stride, extension,
+                                args.by_position, dtype=dtype, batch_tokens=args.batch_tokens))
+    report(runs, unit, args.csv)
     if args.plot:
-        plot(runs, args.plot, corpus.unit)
+        plot(runs, args.plot, unit)
 
 
 if __name__ == "__main__":

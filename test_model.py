@@ -1,44 +1,52 @@
-"""Quick tests of all four files, each against something independent: a formula in plain loops, a published number,
-brute force, an uninterrupted run.
+"""Tests of all four files, each against something independent: the paper's formula in a double loop,
+a published number, brute force, an uninterrupted run.
 
     KILLS=20 FUZZ_SECONDS=600 python -m pytest -q      # longer than the quick suite
 """
+import argparse
 import csv
 import hashlib
 import importlib.util
 import io
 import itertools
-import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import zipfile
+from collections import namedtuple
+from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from unittest.mock import MagicMock
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import flex_attention
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import data
 import eval as evaluation  # not the builtin
 import model as model_file
 import train
-from model import EXTENSIONS, GPT, POSITIONS, GPTConfig, ModelError, Scores, Vocabulary, attend, prepare
+from model import EXTENSIONS, GPT, POSITIONS, GPTConfig, Mask, ModelError, Vocabulary, attend
 
-HERE = Path(__file__).parent
+HERE, CPU = Path(__file__).parent, torch.device("cpu")
+KILLS, FUZZ_SECONDS = int(os.environ.get("KILLS", 3)), float(os.environ.get("FUZZ_SECONDS", 0))
 torch.set_num_threads(1)        # some tests fork
+TO_COME = pytest.mark.xfail(strict=True, reason="to come")
 TINY = dict(vocab_size=11, block_size=16, n_layer=2, n_head=2, n_embd=16)
 
 
@@ -51,11 +59,125 @@ def tiny_model(pos, seed=0, **changes):
     return model
 
 
+def extend(model, name, length):
+    EXTENSIONS[name][0](model.pos, length)
+
+
 def tokens(n, vocab_size=11, seed=0):
     return torch.randint(vocab_size, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
-# ---- every encoding against its formula: scalars, double loops, float64
+# ---- the two programs, in this process --------------------------------------------------------------
+
+Result = namedtuple("Result", "code out err")
+BASE = {"train": "--preset quick --data corpus --tokenizer word --data_dir store --out_dir out --device cpu "
+                 "--block_size 8 --batch_size 2 --n_layer 1 --n_head 2 --n_embd 16 --max_iters 6 "
+                 "--eval_interval 3 --warmup_iters 2 --learning_rate 0.01",
+        "eval": "--lengths 8 --data_dir store --device cpu"}
+
+
+def call(command):
+    """What "train FLAGS" or "eval FLAGS" does, run in this process on top of BASE."""
+    program, *flags = command.split()
+    main, code = {"train": train.main, "eval": evaluation.main}[program], 0
+    argv = [f"{program}.py", *BASE[program].split(), *flags]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with (mock.patch.object(sys, "argv", argv), redirect_stdout(io.StringIO()) as out,
+          redirect_stderr(io.StringIO()) as err):
+        try:
+            evaluation.run(main)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def works(command):
+    """Standard output of a command that must end well."""
+    result = call(command)
+    assert result.code == 0, result.err
+    return result.out
+
+
+def contents(folder="."):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def refused(command, phrase):
+    """Exit code 2, one line on standard error with `phrase` in it, nothing lost, nothing half-written."""
+    before, (code, _, err), after = contents(), call(command), contents()
+    assert code == 2 and err.count("\n") == 1 and phrase in err and "Traceback" not in err, (code, err)
+    assert before.items() <= after.items() and not [path for path in after if path.suffix == ".tmp"]
+
+
+def fork(child, *args):
+    """A process of its own, silent, that ends with what child(*args) returns."""
+    def body():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        os._exit(child(*args))
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    return process
+
+
+def ends(process):
+    """The exit code, for a process that hangs a signal's number below zero."""
+    process.join(100)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def write_corpus(folder, train="a b\n", valid="a\n", test="b\n", pattern="{}.txt"):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for split, text in dict(train=train, valid=valid, test=test).items():
+        Path(folder, pattern.format(split)).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(folder)
+
+
+def random_words(seed, sizes=(400, 150, 150)):
+    chance = random.Random(seed)
+    return [" ".join(f"w{chance.randrange(30)}" for _ in range(size)) + "\n" for size in sizes]
+
+
+def read_csv(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def load(folder):
+    return torch.load(Path(folder, "ckpt.pt"), weights_only=True)
+
+
+def results(folder):
+    """What a run learned, in bytes, and the steps and losses in its log."""
+    weights = {name: p.numpy().tobytes() for name, p in load(folder)["model"].items()}
+    return weights, [line.split(",")[:3] for line in Path(folder, "log.csv").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """A folder with two corpora and three trained runs."""
+    here, back = tmp_path_factory.mktemp("example"), os.getcwd()
+    os.chdir(here)
+    write_corpus("corpus", *random_words(1))
+    write_corpus("other", *random_words(2))
+    works("train --pos alibi rotary learned")
+    os.chdir(back)
+    return here
+
+
+@pytest.fixture
+def here(example, tmp_path, monkeypatch):
+    """A copy of it, as the current folder."""
+    shutil.copytree(example, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---- encodings, each against its formula: scalars, double loops, float64 ----------------------------
 
 
 def dot(q, k):
@@ -80,8 +202,8 @@ def fire(pos, h, i, j):
     c, L = abs(pos.c.item()), abs(512 * pos.L.item())
     x = math.log(c * (i - j) + 1) / (math.log(c * max(L, i) + 1) + 1e-6)
     one, two = pos.mlp[0], pos.mlp[2]
-    return two.bias[h].item() + sum(two.weight[h, n].item() * max(0, (one.weight[n, 0] * x + one.bias[n]).item())
-                                    for n in range(32))
+    hidden = [max(0, w * x + b) for [w], b in zip(one.weight.tolist(), one.bias.tolist())]
+    return two.bias[h].item() + sum(w * a for w, a in zip(two.weight[h].tolist(), hidden))
 
 
 # name: score(pos, q, k, head from 0, i, j), or (that, what coordinate n of the embedding at i gets)
@@ -92,13 +214,13 @@ NAIVE = {
                    lambda pos, i, n, C: (math.cos if n % 2 else math.sin)(i / 10000 ** (n // 2 * 2 / C))),
     "rotary": lambda pos, q, k, h, i, j: dot(turned(q, i), turned(k, j)),
     "t5": lambda pos, q, k, h, i, j: dot(q, k) + pos.table[t5_bucket(i - j), h].item(),
-    "alibi": lambda pos, q, k, h, i, j: dot(q, k) - (i - j) * 2 ** (-8 * (h + 1) / len(pos.slopes)),
-    "kerple": lambda pos, q, k, h, i, j: dot(q, k) - pos.p[h].item() * math.log(1 + pos.a[h].item() * (i - j)),
+    "alibi": lambda pos, q, k, h, i, j: dot(q, k) - (i - j) * 2 ** (-8 * (h + 1) / pos.config.n_head),
+    "kerple": lambda pos, q, k, h, i, j: dot(q, k) - pos.p[h].item() * math.log1p(pos.a[h].item() * (i - j)),
     "sandwich": lambda pos, q, k, h, i, j: dot(q, k) + pos.config.n_head / (8 * (h + 1)) * (
         sum(math.cos((i - j) / 10000 ** (2 * n / 128)) for n in range(1, 65)) - 64),
     "xpos": lambda pos, q, k, h, i, j: dot(turned(q, i, 1), turned(k, j, -1)),
     "fire": lambda pos, q, k, h, i, j: dot(q, k) + fire(pos, h, i, j),
-    "hwfa": lambda pos, q, k, h, i, j: dot(turned(q, i), turned(k, j)),      # but for its last layer: see below
+    "hwfa": lambda pos, q, k, h, i, j: dot(turned(q, i), turned(k, j)),      # its last layer: see below
 }
 
 
@@ -143,29 +265,36 @@ def test_model_is_its_formula(pos, window, logn):
     T = 24
     model = tiny_model(pos, window=window, logn=logn, block_size=T if pos == "learned" else 16)
     for weight in model.blocks.parameters():
-        weight.data *= 8        # so that attention matters
+        weight.data *= 12 if weight.dim() == 2 else 1       # so that attention matters
+    if pos == "fire":
+        model.pos.L.data.fill_(0.02)        # its threshold, 512 L, lies within the text
     ids = tokens(T + 1)
     loss = model(ids[:, :-1], ids[:, 1:])[0]
     naive = naive_loss(model, ids[0, :-1].tolist(), ids[0, 1:].tolist(), window, logn)
-    torch.testing.assert_close(loss.double(), torch.tensor(naive), rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(loss.double(), torch.tensor(naive), rtol=2e-5, atol=2e-5)
 
 
 def test_published_slopes_and_buckets():
-    assert tiny_model("alibi", n_head=8).pos.slopes.tolist() == [2.0 ** -n for n in range(1, 9)]
-    twelve = [2.0 ** -n for n in range(1, 9)] + [2.0 ** -x for x in (0.5, 1.5, 2.5, 3.5)]
-    torch.testing.assert_close(tiny_model("alibi", n_head=12, n_embd=24).pos.slopes, torch.tensor(twelve))
-    t5 = tiny_model("t5")
-    t5.pos.table.data = torch.arange(32.0)[:, None].repeat(1, 2)
-    found = t5.pos.bias(torch.tensor(0), torch.arange(300), torch.zeros(300, dtype=torch.long)).tolist()
+    def slopes(**shape):
+        return -tiny_model("alibi", **shape).pos.bias(torch.ones(1, 1), torch.zeros(1, 1)).flatten()
+    eight = [2.0 ** -n for n in range(1, 9)]
+    assert slopes(n_head=8).tolist() == eight
+    twelve = torch.tensor(eight + [2.0 ** -x for x in (0.5, 1.5, 2.5, 3.5)])
+    torch.testing.assert_close(slopes(n_head=12, n_embd=24), twelve)
+    t5 = tiny_model("t5").pos
+    t5.table.data = torch.arange(32.0)[:, None].repeat(1, 2)
+    found = t5.bias(torch.arange(300.0)[:, None], torch.zeros(1, 1))[0, :, 0].tolist()
     assert found == [t5_bucket(n) for n in range(300)]
-    assert [found[n] for n in (0, 15, 16, 17, 20, 32, 64, 127, 128, 299)] == [0, 15, 16, 16, 17, 21, 26, 31, 31, 31]
+    places = (0, 15, 16, 17, 20, 32, 64, 127, 128, 299)
+    assert [found[n] for n in places] == [0, 15, 16, 16, 17, 21, 26, 31, 31, 31]
 
 
 def test_hwfa_window_of_the_blog():
     """Derived in the notes of kexue.fm/archives/9603: N 512, alpha 3/4: 12 layers 35, 16 layers 26."""
     for layers, window in ((12, 35), (16, 26)):
         with torch.device("meta"):
-            assert GPT(GPTConfig(pos="hwfa", block_size=512, n_layer=layers)).pos.layer(0)[1] == window
+            found = GPT(GPTConfig(pos="hwfa", block_size=512, n_layer=layers)).pos.layers
+        assert [layer.window for layer in found] == [window] * (layers - 1) + [0]
 
 
 @pytest.mark.parametrize("window, logn", [(0, False), (5, True)])
@@ -175,8 +304,17 @@ def test_causal(pos, window, logn):
     changed = ids.clone()
     changed[0, 10:] = (ids[0, 10:] + 1) % 11
     one, two = (model.trunk(x[:, :16])[0] for x in (ids, changed))
-    torch.testing.assert_close(one[:10], two[:10], rtol=0, atol=1e-6)
+    torch.testing.assert_close(one[:10], two[:10], rtol=0, atol=1e-5)
     assert (one[10:] - two[10:]).abs().amax(1).min() > 1e-3
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_relative_is_told(pos):
+    """The bias is the same at places far away, beyond FIRE's threshold of 512 L, where `relative` says so."""
+    pos, place = tiny_model(pos).pos, torch.arange(0.0, 60.0, 3.0)
+    i, j = place[:, None], torch.minimum(place[:, None], place)
+    distance = (pos.bias(i + 1e4, j + 1e4) - pos.bias(i, j)).abs().max().item()
+    assert distance == 0 if pos.relative else distance > 1e-3
 
 
 @pytest.mark.parametrize("pos", POSITIONS)
@@ -184,94 +322,211 @@ def test_shift_invariance(pos, monkeypatch):
     """Only distances matter: to relative encodings. FIRE sees the place beyond its threshold of 512 L."""
     model, ids = tiny_model(pos, random_positions=64), tokens(16)
     here = model.trunk(ids)
-    shift = 3 if pos == "learned" else 1000
-    monkeypatch.setattr(model.pos, "positions", lambda T, device: torch.arange(T, dtype=torch.float32) * 4 + shift)
+    spaced = torch.arange(16.0) * 4 + (3 if pos == "learned" else 1000)
+    monkeypatch.setattr(model.pos, "positions", lambda T, device: spaced)
     distance = (model.trunk(ids) - here).abs().max()
-    assert distance > 1e-3 if pos in ("learned", "sinusoidal", "fire") else distance < 1e-4
+    assert distance > 1e-3 if pos in ("learned", "sinusoidal", "fire") else distance < 1e-5
 
 
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_window(pos):
-    """In one layer, what is out of the window does not count; the only layer of hwfa is its last, which has none."""
+    """In one layer, what is out of the window does not count; hwfa's only layer is its last, without one."""
     model, ids = tiny_model(pos, n_layer=1, window=4), tokens(16)
     changed = ids.clone()
     changed[0, 2] = (ids[0, 2] + 1) % 11
     moved = (model.trunk(ids) - model.trunk(changed))[0].abs().amax(1) > 1e-5
     assert moved.tolist() == [2 <= i < (16 if pos == "hwfa" else 6) for i in range(16)]
+    if pos != "hwfa":       # a window of everything is none
+        torch.testing.assert_close(tiny_model(pos, window=16).trunk(ids), tiny_model(pos).trunk(ids))
 
 
-def test_window_of_everything_is_none():
-    for pos in POSITIONS:
-        ids = tokens(16)
-        if pos != "hwfa":
-            torch.testing.assert_close(tiny_model(pos, window=16).trunk(ids), tiny_model(pos).trunk(ids))
+def test_random_positions():
+    pos = tiny_model("alibi", random_positions=100).pos
+    assert pos.positions(20, CPU).tolist() == pytest.approx([5 * n for n in range(20)])
+    pos.train()
+    drawn = [pos.positions(16, CPU).tolist() for _ in range(50)]
+    assert all(p == sorted(set(p)) and 0 <= p[0] and p[-1] < 100 and len(p) == 16 for p in drawn)
+    assert len(set(itertools.chain(*drawn))) > 90       # out of all of them
 
 
-# ---- fast paths against the plain one
+@pytest.mark.parametrize("name, pos", [(name, pos) for name, (_, fits) in EXTENSIONS.items() for pos in fits])
+def test_extensions_change_nothing_at_the_trained_length(name, pos):
+    ids, longer = tokens(16), tokens(64)
+    plain, extended = tiny_model(pos), tiny_model(pos)
+    extend(extended, name, 16)
+    assert torch.equal(plain.trunk(ids), extended.trunk(ids))
+    extend(extended, name, 64)
+    long = extended.trunk(longer)
+    assert long.isfinite().all()
+    assert torch.equal(plain.trunk(longer[:, :16]), long[:, :16]) == (name == "hierarchical")
+    extend(extended, name, 16)
+    assert torch.equal(plain.trunk(ids), extended.trunk(ids))
 
 
-def plain(q, k, v, pos, i, window):
-    T = len(i)
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    if pos.bias:
-        early = torch.minimum(i[:, None], i)
-        scores = scores + pos.bias(torch.arange(q.shape[1])[:, None, None], i[:, None], early)
-    place = torch.arange(T)
-    hidden = (place > place[:, None]) | (place <= place[:, None] - (window or T))
+def test_extension_formulas():
+    rotary, alibi, learned, quarters = map(tiny_model, ("rotary", "alibi", "learned", "learned"))
+    extend(rotary, "ntk", 64)
+    assert rotary.pos.base == pytest.approx(10000 * 4 ** (8 / 6))
+    extend(alibi, "interpolate", 64)
+    assert alibi.pos.positions(64, CPU).tolist() == [n / 4 for n in range(64)]
+    p = learned.pos.table.detach().double()
+    extend(learned, "hierarchical", 256)
+    u = (p - 0.4 * p[0]) / 0.6
+    q = torch.stack([0.4 * u[m // 16] + 0.6 * u[m % 16] for m in range(256)])
+    torch.testing.assert_close(learned.pos.table.double(), q, rtol=0, atol=1e-5)
+    learned.trunk(tokens(256))
+    with pytest.raises(ModelError, match="learned ends at 256 positions, asked for 257"):
+        learned.trunk(tokens(257))
+    extend(quarters, "interpolate", 64)
+    x = quarters.pos.embed(torch.zeros(1, 64, 16), quarters.pos.positions(64, CPU))[0]
+    mixed = [p[n // 4] * (1 - n % 4 / 4) + p[min(15, n // 4 + 1)] * (n % 4 / 4) for n in range(64)]
+    torch.testing.assert_close(x.double(), torch.stack(mixed), rtol=0, atol=1e-5)
+
+
+def test_learned_ends_at_its_table():
+    with pytest.raises(ModelError, match="learned ends at 16 positions, asked for 17"):
+        tiny_model("learned").trunk(tokens(17))
+
+
+# ---- mask and kernels, against the plain formula ----------------------------------------------------
+
+
+def plain(q, k, v, pos, i, window=0, rows=slice(None)):
+    """What attention gives for all queries, or for these rows of them."""
+    j = torch.arange(len(i))
+    query = j[rows, None]
+    bias = pos.bias(i[query], i[torch.minimum(query, j)])
+    scores = q[:, :, rows] @ k.mT / math.sqrt(q.shape[-1]) + bias
+    hidden = (j > query) | (j <= query - (window or len(i)))
     return torch.softmax(scores.masked_fill(hidden, -math.inf), -1) @ v
 
 
 @pytest.mark.parametrize("window", [0, 1, 70, 200])
 @pytest.mark.parametrize("pos", ["none", "t5", "alibi", "kerple", "sandwich", "fire", "random"])
 def test_slices_are_plain_attention(pos, window):
-    """Three slices of queries, forward and gradients; "random" is ALiBi at random positions, where no vector serves."""
-    model = tiny_model("alibi", random_positions=999, block_size=300).train() if pos == "random" else tiny_model(pos)
+    """Three slices of queries, forward and gradients; "random" is ALiBi at random positions."""
+    if pos == "random":
+        pos = tiny_model("alibi", random_positions=999, block_size=300).pos.train()
+    else:
+        pos = tiny_model(pos).pos
     qkv = torch.randn(3, 2, 2, 300, 8).requires_grad_()
-    i = model.pos.positions(300, torch.device("cpu"))
-    leaves = [qkv, *model.pos.parameters()]
-    fast, slow = attend(*qkv, Scores(model.pos, i, window)), plain(*qkv, model.pos, i, window)
-    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    i = pos.positions(300, CPU)
+    leaves = [qkv, *pos.parameters()]
+    fast, slow = attend(*qkv, Mask(pos, i, window, False)), plain(*qkv, pos, i, window)
+    torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-4)
     weight = torch.randn_like(fast)
     for a, b in zip(*(torch.autograd.grad(out, leaves, weight, allow_unused=True) for out in (fast, slow))):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
     with torch.no_grad():
-        torch.testing.assert_close(attend(*qkv, Scores(model.pos, i, window)), slow, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(attend(*qkv, Mask(pos, i, window, False)), slow, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("pos, window", [("alibi", 0), ("t5", 40), ("kerple", 0), ("sandwich", 7), ("none", 9)])
+@torch.no_grad()
+def test_long_text_in_slices():
+    """Beyond 2048 tokens a mask without a line is drawn for fewer queries at a time."""
+    pos, qkv, i = tiny_model("fire").pos, torch.randn(3, 1, 2, 2200, 4), torch.arange(2200.0)
+    fast, rows = attend(*qkv, Mask(pos, i, 2100, False)), [0, 1, 118, 119, 120, 127, 128, 2047, 2150, 2199]
+    torch.testing.assert_close(fast[:, :, rows], plain(*qkv, pos, i, 2100, rows), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pos, window", [("alibi", 0), ("t5", 40), ("kerple", 0), ("none", 9)])
 def test_gpu_kernel_scores_on_the_cpu(pos, window):
-    """What the GPU's fused kernel is given, run by FlexAttention's reference on the CPU, with the bias's gradient."""
-    model = tiny_model(pos)
-    q, k, v = torch.randn(3, 1, 2, 200, 8)
-    i = torch.arange(200.0)
-    scores = Scores(model.pos, i, window)
-    blocks = model_file.causal_blocks(200, scores.window, i.device)
-    fused = flex_attention(q, k, v, score_mod=scores.score_mod if model.pos.bias else None, block_mask=blocks)
-    slow = plain(q, k, v, model.pos, i, window)
-    torch.testing.assert_close(fused, slow, rtol=1e-4, atol=1e-5)
-    for p in model.pos.parameters():
+    """What the GPU's fused kernel is given, run by FlexAttention's reference, with the bias's gradient."""
+    pos, (q, k, v), i = tiny_model(pos).pos, torch.randn(3, 1, 2, 200, 8), torch.arange(200.0)
+    mask = Mask(pos, i, window, True)
+    fused = flex_attention(q, k, v, score_mod=mask.score_mod if mask.biased else None, block_mask=mask.blocks)
+    slow = plain(q, k, v, pos, i, window)
+    torch.testing.assert_close(fused, slow, rtol=1e-3, atol=1e-4)
+    for p in pos.parameters():
         grads = [torch.autograd.grad((out * v).sum(), p, retain_graph=True)[0] for out in (fused, slow)]
         torch.testing.assert_close(*grads, rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("T", [1, 64, 127, 128, 129, 200, 256, 640])
+def test_tiles_are_those_of_torch(T):
+    """The closed form against create_block_mask, which looks at every pair."""
+    for window in (1, 2, 50, 127, 128, 129, 130, 255, 256, 257, T):
+        mine = model_file.causal_blocks(T, window, CPU)
+        theirs = create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < window), 1, 1, T, T, "cpu", 128)
+        assert mine.seq_lengths == theirs.seq_lengths == (T, T)
+        assert torch.equal(mine.to_dense(), theirs.to_dense())
+        for kind in ("kv", "full_kv", "q", "full_q"):
+            counts = [getattr(blocks, f"{kind}_num_blocks")[0, 0].tolist() for blocks in (mine, theirs)]
+            columns = [getattr(blocks, f"{kind}_indices")[0, 0].tolist() for blocks in (mine, theirs)]
+            used = [[sorted(row[:n]) for row, n in zip(*pair)] for pair in zip(columns, counts)]
+            assert counts[0] == counts[1] and used[0] == used[1], (window, kind)
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_compiled_and_fused(pos, monkeypatch):
+    """The graph that a GPU compiles, run op by op on the CPU: the gradients are those of the slices."""
+    T, window = {"none": (200, 50), "learned": (64, 0), "t5": (64, 9), "alibi": (129, 128)}.get(pos, (150, 0))
+    model = tiny_model(pos, n_layer=1 + (pos == "hwfa"), n_embd=32, block_size=T, window=window).train()
+    for weight in model.blocks.parameters():
+        weight.data *= 4
+    ids, parameters = tokens(T + 1), list(model.parameters())
+
+    def gradients():
+        return torch.autograd.grad(model(ids[:, :-1], ids[:, 1:]).mean(), parameters)
+
+    slices = gradients()
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    monkeypatch.setattr(model_file, "Mask", lambda pos, i, window, fused: Mask(pos, i, window, True))
+    torch._dynamo.reset()
+    model.stack = torch.compile(model.stack, backend="aot_eager", fullgraph=True)
+    try:
+        for (name, _), a, b in zip(model.named_parameters(), gradients(), slices):
+            torch.testing.assert_close(a, b, rtol=5e-3, atol=1e-5, msg=lambda text: f"{name}: {text}")
+    finally:
+        torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pos", ["none", "alibi", "fire", "hwfa"])
+def test_graphs_do_not_grow_with_the_text(pos):
+    """Beyond the trained length slices are not unrolled into graphs; no length has one of its own."""
+    model, seen = tiny_model(pos), []
+    torch._dynamo.reset()
+    graphs, whole = CompileCounterWithBackend("eager"), model.trunk(tokens(700))
+    model.stack = torch.compile(model.stack, backend=graphs, fullgraph=True)
+    for T in (16, 17, 40, 300, 700):
+        long = model.trunk(tokens(700)[:, :T])
+        seen.append((graphs.frame_count, graphs.op_count / graphs.frame_count))
+    torch._dynamo.reset()
+    assert seen[-1][0] <= 2 and len(set(seen[1:])) == 1 and seen[0][1] == pytest.approx(seen[-1][1], rel=0.2)
+    torch.testing.assert_close(long, whole, rtol=1e-3, atol=1e-4)
+
+
 def test_alibi_in_bfloat16_is_as_exact_as_none():
-    """At 2048 tokens, where bfloat16 could not hold the distances: error against float64 at most twice that of none."""
+    """At 2048 tokens, where bfloat16 has no distances: error against float64 at most twice that of none."""
     T, errors = 2048, []
-    qkv = torch.randn(3, 1, 2, T, 32).bfloat16()
-    pos = tiny_model("alibi").pos
-    for bias in (None, Scores(pos, torch.arange(float(T)), 0)):
+    qkv, i = torch.randn(3, 1, 2, T, 32).bfloat16(), torch.arange(float(T))
+    for pos in (tiny_model("none").pos, tiny_model("alibi").pos):
         with torch.autocast("cpu", torch.bfloat16):
-            out = attend(*qkv, bias)
-        exact = plain(*qkv.double(), pos if bias else tiny_model("none").pos, torch.arange(float(T)).double(), 0)
+            out = attend(*qkv, Mask(pos, i, 0, False))
+        exact = plain(*qkv.double(), pos, i.double())
         errors.append(((out - exact).square().mean() / exact.square().mean()).sqrt().item())
     assert errors[1] < 2 * errors[0] < 0.02
 
 
-# ---- the vocabulary, the loss, the optimizer
+@torch.no_grad()
+def test_logn_is_rounded_once(monkeypatch):
+    """In bfloat16 the product is rounded, not the factor as well."""
+    seen, ids = [], tokens(200)
+    monkeypatch.setattr(model_file, "attend", lambda q, k, v, mask, dropout: seen.append(q) or v)
+    for logn in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            tiny_model("none", n_layer=1, logn=logn).trunk(ids)
+    factor = torch.tensor([max(1, math.log(n) / math.log(16)) for n in range(1, 201)])[:, None]
+    once, twice = (seen[0].float() * factor).bfloat16(), seen[0] * factor.bfloat16()
+    assert (seen[1] != once).float().mean() < 0.01 < (seen[1] != twice).float().mean()
+
+
+# ---- model and vocabulary ---------------------------------------------------------------------------
 
 
 def test_adaptive_softmax():
-    """Against torch's AdaptiveLogSoftmaxWithLoss with the same weights, and against probabilities that sum to one."""
+    """Against torch's AdaptiveLogSoftmaxWithLoss of the same weights, and probabilities that sum to one."""
     torch.manual_seed(0)
     mine = Vocabulary(50, 32, cutoffs=(10, 20))
     for p in mine.parameters():
@@ -279,13 +534,15 @@ def test_adaptive_softmax():
     theirs = torch.nn.AdaptiveLogSoftmaxWithLoss(32, 50, [10, 20], div_value=4.0, head_bias=False)
     theirs.head.weight.data = mine.head.data
     for n in range(2):
-        theirs.tail[n][0].weight.data, theirs.tail[n][1].weight.data = mine.projections[n].data, mine.tails[n].data
+        theirs.tail[n][0].weight.data = mine.projections[n].data
+        theirs.tail[n][1].weight.data = mine.tails[n].data
     x = torch.randn(50, 32)
     loss = torch.stack([mine.loss(row.expand(50, 32), torch.arange(50)) for row in x])
-    torch.testing.assert_close(-loss, theirs.log_prob(x))
-    torch.testing.assert_close((-loss).exp().sum(1), torch.ones(50))
+    torch.testing.assert_close(-loss, theirs.log_prob(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((-loss).exp().sum(1), torch.ones(50), rtol=1e-4, atol=1e-4)
     tied = [mine.head[3], mine.tails[0][5] @ mine.projections[0], mine.tails[1][7] @ mine.projections[1]]
-    torch.testing.assert_close(mine(torch.tensor([3, 15, 27])), torch.stack(tied) * math.sqrt(32))
+    found = mine(torch.tensor([3, 15, 27]))
+    torch.testing.assert_close(found, torch.stack(tied) * math.sqrt(32), rtol=1e-4, atol=1e-4)
 
 
 def test_small_vocabulary_is_a_plain_tied_softmax():
@@ -312,8 +569,8 @@ def test_weight_decay_touches_matrices_only(pos):
     decay, rest = model.parameter_groups(0.1)
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(decay["params"]) + len(rest["params"]) == len(names) and rest["weight_decay"] == 0
-    assert {names[id(p)].split(".")[-2] for p in decay["params"]} == {"wte", "tails", "projections", "c_attn",
-                                                                     "attn_proj", "c_fc", "mlp_proj"}
+    assert {names[id(p)].split(".")[-2] for p in decay["params"]} == {
+        "wte", "tails", "projections", "c_attn", "attn_proj", "c_fc", "mlp_proj"}
     assert all(names[id(p)].startswith(("pos.", "ln_f")) or ".ln_" in names[id(p)] for p in rest["params"])
 
 
@@ -321,14 +578,17 @@ def test_weight_decay_touches_matrices_only(pos):
 def test_overfits_one_batch(pos):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**TINY | {"pos": pos, "n_embd": 32})).train()
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.0))
     ids = torch.randint(11, (4, 17))
-    for _ in range(150):
+    for step in range(60):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * min(1, (step + 1) / 10)
         loss = model(ids[:, :-1], ids[:, 1:]).mean()
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    assert loss.item() < 0.1
+    assert loss.item() < 1.2        # from ln(11) = 2.4
 
 
 def test_encodings_start_from_equal_weights():
@@ -337,83 +597,66 @@ def test_encodings_start_from_equal_weights():
     assert all(torch.equal(p, other[name]) for other in shared for name, p in shared[0].items())
 
 
-# ---- random positions and test-time extensions
+@pytest.mark.parametrize("pos, window", [("none", 0), ("alibi", 5), ("rotary", 99), ("hwfa", 0)])
+def test_flops_are_counted_pair_by_pair(pos, window):
+    """6 for each weight that a token meets, 12 for each product of a query and a key that it sees."""
+    model, C, pairs = tiny_model(pos, window=window), 16, 0
+    for layer in range(2):
+        reach = window or 16
+        if pos == "hwfa":
+            reach = (12, 16)[layer]
+        pairs += sum(0 <= i - j < reach for i in range(16) for j in range(16))
+    weights = 2 * (3 + 1 + 4 + 4) * C * C + 11 * C
+    assert model.flops_per_token() == pytest.approx(6 * weights + 12 * C * pairs / 16)
 
 
-def test_random_positions():
-    pos = tiny_model("alibi", random_positions=100).pos.train()
-    drawn = [pos.positions(16, torch.device("cpu")).tolist() for _ in range(50)]
-    assert all(p == sorted(set(p)) and 0 <= p[0] and p[-1] < 100 and len(p) == 16 for p in drawn)
-    assert len(set(itertools.chain(*drawn))) > 90       # out of all of them
-    model = tiny_model("alibi", random_positions=100)
-    prepare(model, 20)
-    assert model.pos.positions(20, torch.device("cpu")).tolist() == pytest.approx([5 * n for n in range(20)])
-
-
-@pytest.mark.parametrize("extend, pos", [(e, pos) for e, (_, fits) in EXTENSIONS.items() for pos in fits])
-def test_extensions_change_nothing_at_the_trained_length(extend, pos):
-    ids = tokens(16)
-    plain, extended = tiny_model(pos), tiny_model(pos)
-    prepare(extended, 16, extend)
-    assert torch.equal(plain.trunk(ids), extended.trunk(ids))
-    prepare(extended, 64, extend)
-    long = extended.trunk(tokens(64))
-    assert long.isfinite().all()
-    assert torch.equal(plain.trunk(tokens(64)[:, :16]), long[:, :16]) == (extend == "hierarchical")
-
-
-def test_extension_formulas():
-    rotary, alibi, learned = tiny_model("rotary"), tiny_model("alibi"), tiny_model("learned")
-    prepare(rotary, 64, "ntk")
-    assert rotary.pos.base == pytest.approx(10000 * 4 ** (8 / 6))
-    prepare(alibi, 64, "interpolate")
-    assert alibi.pos.positions(64, torch.device("cpu")).tolist() == [n / 4 for n in range(64)]
-    p = learned.pos.table.detach().double()
-    prepare(learned, 256, "hierarchical")
-    u = (p - 0.4 * p[0]) / 0.6
-    q = torch.stack([0.4 * u[m // 16] + 0.6 * u[m % 16] for m in range(256)])
-    torch.testing.assert_close(learned.pos.table.double(), q, rtol=0, atol=1e-6)
-    assert learned.pos.max_length == 256
-    halfway = tiny_model("learned")
-    prepare(halfway, 32, "interpolate")
-    x = halfway.pos.embed(torch.zeros(1, 32, 16), halfway.pos.positions(32, torch.device("cpu")))[0]
-    torch.testing.assert_close(x[:3], torch.stack([p[0], (p[0] + p[1]) / 2, p[1]]).float())
-
-
-def test_extensions_that_make_no_sense():
-    for extend, (_, fits) in EXTENSIONS.items():
-        for pos in set(POSITIONS) - set(fits):
-            with pytest.raises(ModelError, match=f"--extend {extend} for {pos}.*ntk for rotary"):
-                prepare(tiny_model(pos), 32, extend)
-
-
-def test_learned_ends_at_its_table():
-    with pytest.raises(ModelError, match="learned ends at 16 positions, asked for 17"):
-        tiny_model("learned").trunk(tokens(17))
-
-
-# ---- data
-
-
-def write_corpus(folder, train="a b\n", valid="a\n", test="b\n", pattern="{}.txt"):
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, text in (("train", train), ("valid", valid), ("test", test)):
-        (folder / pattern.format(split)).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return str(folder)
+# ---- data -------------------------------------------------------------------------------------------
 
 
 def test_words_by_hand(tmp_path):
-    """Blank lines, unknown words, a last line without a newline. By count: b 3, <eos> 3, c 2, a 1, <unk> (0)."""
+    """Blank lines, unknown words, no last newline. By count: b 3, <eos> 3, c 2, a 1, <unk> (0)."""
     folder = write_corpus(tmp_path / "mini", " b c b \n\n a  c b", "b new\n \n", "c", "wiki.{}.tokens")
     corpus = data.load(folder, "word", tmp_path / "cache")
+    assert corpus.words == ["b", "<eos>", "c", "a", "<unk>"]
     assert corpus.train.tolist() == [0, 2, 0, 1, 1, 3, 2, 0, 1]
     assert corpus.valid.tolist() == [0, 4, 1, 1] and corpus.test.tolist() == [2, 1]
-    assert (corpus.vocab_size, corpus.unit) == (5, "word")
+
+
+def test_byte_order_mark_is_no_part_of_a_word(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    write_corpus(tmp_path, mark + b"a b a\n", mark + b"a\n", mark + b"b\n")
+    corpus = data.load(tmp_path, "word", tmp_path)
+    assert corpus.words == ["a", "b", "<eos>", "<unk>"]
+    assert [split.tolist() for split in corpus[:3]] == [[0, 1, 0, 2], [0, 2], [1, 2]]
 
 
 def test_bytes_are_bytes(tmp_path):
-    corpus = data.load(write_corpus(tmp_path / "raw", bytes(range(256)), b"\xff\x00", b"\n"), "byte", tmp_path)
-    assert corpus.train.tolist() == list(range(256)) and corpus.valid.tolist() == [255, 0] and corpus.vocab_size == 256
+    folder = write_corpus(tmp_path / "raw", bytes(range(256)), b"\xff\x00", b"\n")
+    corpus = data.load(folder, "byte", tmp_path)
+    assert corpus.train.tolist() == list(range(256)) and corpus.valid.tolist() == [255, 0]
+    assert corpus.words is None and corpus.test.tolist() == [10]
+
+
+@pytest.mark.parametrize("words, size", [(2 ** 16 - 2, 2), (2 ** 16 + 1, 4)])
+def test_large_vocabulary(words, size, tmp_path):
+    """With <eos> and <unk> the first fits into two bytes an id, the second does not."""
+    text = " ".join(map(str, range(words)))
+    corpus = data.load(write_corpus(tmp_path / "large", text + "\n", text, "none"), "word", tmp_path)
+    assert len(corpus.words) == words + 2 and corpus.train.itemsize == size
+    assert corpus.valid.tolist() == corpus.train.tolist() == [*range(words), words]
+    assert corpus.test.tolist() == [words + 1, words]
+
+
+def test_any_text_under_a_vocabulary(tmp_path):
+    """One split is enough; what the vocabulary lacks is <unk>."""
+    folder = write_corpus(tmp_path / "new", valid="b new a\n")
+    Path(folder, "train.txt").unlink()
+    Path(folder, "test.txt").unlink()
+    words = ["a", "<eos>", "<unk>", "b"]
+    assert data.load_split(folder, "valid", words, tmp_path).tolist() == [3, 2, 0, 1]
+    assert data.load_split(folder, "valid", None, tmp_path).tolist() == list(b"b new a\n")
+    with pytest.raises(data.UserError, match="new must hold wiki.{test}.tokens or {test}.txt"):
+        data.load_split(folder, "test", words, tmp_path)
 
 
 def test_cache_is_used_and_not_trusted(tmp_path, monkeypatch):
@@ -421,444 +664,63 @@ def test_cache_is_used_and_not_trusted(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "read_words", lambda files: calls.append(1) or read(files))
     first = data.load(folder, "word", tmp_path)
     assert isinstance(data.load(folder, "word", tmp_path).train, np.memmap) and len(calls) == 1
-    (tmp_path / "text" / "train.txt").write_text("a c b c\n")
-    assert data.load(folder, "word", tmp_path).vocab_id != first.vocab_id and len(calls) == 2
+    Path(folder, "train.txt").write_text("a c b c\n")
+    assert data.load(folder, "word", tmp_path).digest != first.digest and len(calls) == 2
     monkeypatch.setattr(data, "VERSION", data.VERSION + 1)
     data.load(folder, "word", tmp_path)
     assert len(calls) == 3
 
 
+HARM = dict(
+    short=lambda path: os.truncate(path, path.stat().st_size - 3), head=lambda path: os.truncate(path, 20),
+    empty=lambda path: os.truncate(path, 0), text=lambda path: path.write_text("hello"), gone=Path.unlink,
+    dtype=lambda path: path.write_bytes(path.read_bytes().replace(b"<u2", b"<i2")),
+    noise=lambda path: path.write_bytes(bytes(range(200, 240))), number=lambda path: path.write_text("7"),
+    null=lambda path: path.write_text("null"), fields=lambda path: path.write_text('{"a": 1, "b": 2}'),
+    counts=lambda path: path.write_text('[[1, 2, 3], ["a"], "x"]'),
+    types=lambda path: path.write_text('[["a", "b", "c"], 5, null]'))
+
+
+@pytest.mark.parametrize("suffix, harm", [(suffix, harm) for suffix in ("npy", "json") for harm in HARM])
+def test_damaged_cache_is_built_anew(suffix, harm, here):
+    *splits, words, digest = data.load("corpus", "word", "store")
+    splits, content = [*map(np.array, splits)], contents("store")       # not mapped to what is damaged
+    [path] = Path("store/cache").glob(f"corpus-word-*.{suffix}")
+    HARM[harm](path)
+    *again, words_again, digest_again = data.load("corpus", "word", "store")
+    assert all(map(np.array_equal, splits, again)) and (words, digest) == (words_again, digest_again)
+    assert contents("store") == content
+
+
 def test_stdlib_splits_are_apart():
     files = data.stdlib_files()
     names = [set(map(str, files[split])) for split in data.SPLITS]
-    assert all(names) and not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
+    assert all(names) and len(set.union(*names)) == sum(map(len, names))
 
 
-# ---- evaluation
-
-
-@pytest.mark.parametrize("n, length, stride", [(50, 16, None), (49, 16, None), (50, 16, 5), (33, 16, 16), (17, 16, 1),
-                                               (10, 16, 3), (2, 1, 1), (47, 8, 3)])
-def test_every_target_counts_once(n, length, stride):
-    """Against one forward pass for each target, over the window that the protocol gives it."""
-    model, stream = tiny_model("alibi"), tokens(n)[0].numpy()
-    expected, S = np.zeros(length), stride or length
-    for target in range(n - 1):
-        start = max(0, math.ceil((target + 1 - length) / S)) * S
-        ids = torch.from_numpy(stream[start:target + 2])[None]
-        expected[target - start] += model(ids[:, :-1], ids[:, 1:])[0, -1].item()
-    for batch_tokens in (1, 64):
-        total, count = evaluation.evaluate(model, stream, length, stride, batch_tokens=batch_tokens)
-        assert count.sum() == n - 1
-        np.testing.assert_allclose(total.numpy(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_evaluation_leaves_training_alone():
-    model, stream = tiny_model("alibi", dropout=0.5, random_positions=50).train(), tokens(100)[0].numpy()
-    state = torch.get_rng_state()
-    one, two = (evaluation.evaluate(model, stream, 16)[0] for _ in range(2))
-    assert torch.equal(one, two) and model.training and torch.equal(torch.get_rng_state(), state)
-
-
-# ---- training, through the command line in this process
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """run("train", flag, ...) -> standard output; it works in tmp_path on a small corpus of bytes."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    text = ["".join(rng.choice(list("abcdefg  \n"), size)) for size in (3000, 400, 300)]
-    write_corpus(tmp_path / "text", *text)
-    tiny = ("--data text --tokenizer byte --block_size 8 --batch_size 4 --max_iters 6 --n_layer 2 --n_head 2 "
-            "--n_embd 16 --dropout 0 --warmup_iters 2 --eval_interval 3 --device cpu").split()
-
-    def call(module, *flags):
-        argv = [module, *(tiny if module == "train" else ()), *map(str, flags)]
-        monkeypatch.setattr(sys, "argv", argv)
-        (train if module == "train" else evaluation).main()
-        return capsys.readouterr().out
-    call.tiny = tiny
-    return call
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-
-
-def test_train_and_eval_from_the_command_line(run, tmp_path):
-    out = run("train", "--pos", "alibi", "learned", "--out_dir", "o")
-    assert "alibi step 6: train loss" in out and "tokens/s" in out and "learned" in out and "fails from 16" in out
-    rows = list(csv.DictReader(open("o/extrapolation.csv")))
-    assert ",".join(rows[0]) == (
-        "pos,train_length,length,stride,split,tokens,loss,ppl,extend,window,logn,random_positions,checkpoint")
-    assert [(r["pos"], int(r["length"])) for r in rows] == [("alibi", 8 * 2 ** n) for n in range(5)] + [("learned", 8)]
-    assert all(r["tokens"] == "399" and float(r["ppl"]) == pytest.approx(math.exp(float(r["loss"]))) for r in rows)
-    log = list(csv.reader(open("o/alibi/log.csv")))
-    assert ",".join(log[0]) == "step,train_loss,valid_loss,lr,tokens_per_s" and [r[0] for r in log[1:]] == ["3", "6"]
-    assert float(rows[0]["loss"]) == pytest.approx(float(log[2][2]))
-    out = run("eval", "o/alibi", "o/learned/best.pt", "--stride", "4", "--lengths", "8", "12", "--by_position",
-              "--csv", "t.csv", "--window", "4", "--logn", "--split", "test")
-    assert "alibi + window 4 + logn" in out and "sliding by 4" in out
-    assert "alibi + window 4 + logn at 12, having seen 9 to 12 tokens: loss" in out
-    rows = list(csv.DictReader(open("t.csv")))
-    assert [(r["length"], r["stride"], r["split"], r["tokens"], r["window"], r["logn"]) for r in rows] == [
-        (n, "4", "test", "299", "4", "1") for n in ("8", "12", "8")]
-
-
-@pytest.mark.parametrize("flags", ["alibi --dropout 0.2 --grad_accum 2", "fire --random_positions 20 --logn", "xpos",
-                                   "t5 --tokenizer word --window 3", "hwfa", "learned --grad_clip 0"])
-def test_resume_is_bit_for_bit(run, flags, monkeypatch, capsys):
-    """SIGTERM in steps 2 and 5: the step under way ends, a checkpoint is written, --resume goes on."""
-    pos, *flags = flags.split()
-    run("train", "--pos", pos, *flags, "--out_dir", "whole")
-    get_lr, stops = train.get_lr, [1, 4]
-
-    def kill(step, args):
-        if stops and step == stops[0]:
-            os.kill(os.getpid(), signal.SIGTERM)
-            stops.pop(0)
-        return get_lr(step, args)
-
-    monkeypatch.setattr(train, "get_lr", kill)
-    for step in (2, 5):
-        with pytest.raises(SystemExit, match="143"):
-            run("train", "--pos", pos, *flags, "--out_dir", "parts", "--resume")
-        assert f"stopped after step {step}: the same command with --resume" in capsys.readouterr().out
-    run("train", "--pos", pos, *flags, "--out_dir", "parts", "--resume", "--eval_interval", 1)
-    whole, parts = (torch.load(f"{folder}/{pos}/ckpt.pt", weights_only=True) for folder in ("whole", "parts"))
-    assert same(whole["model"], parts["model"]) and whole["step"] == parts["step"] == 6
-    assert [row[0] for row in parts["log"]] == [3, 6]
-
-
-def test_accumulated_gradients_are_one_big_batch(run):
-    logs = []
-    for batch, accum in ((8, 1), (2, 4)):
-        run("train", "--pos", "rotary", "--out_dir", batch, "--batch_size", batch, "--grad_accum", accum,
-            "--learning_rate", "1e-2", "--eval_interval", "1")
-        logs += [[float(x) for row in list(csv.reader(open(f"{batch}/rotary/log.csv")))[1:] for x in row[1:3]]]
-    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
-
-
-def test_batches():
-    """Every block once an epoch, targets one on; the same for every run of a seed, another order in another epoch."""
-    args = type("Args", (), dict(block_size=4, seed=3))
-    stream = np.arange(43)
-    batches = [train.get_batch(stream, args, n, 5) for n in range(0, 20, 5)]
-    starts = [x[:, 0].tolist() for x, y in batches]
-    assert all(torch.equal(x + 1, y) and (x[:, 1:] == y[:, :-1]).all() for x, y in batches)
-    first, second = starts[0] + starts[1], starts[2] + starts[3]
-    assert sorted(first) == sorted(second) == [4 * n for n in range(10)] and first != second
-    assert torch.equal(train.get_batch(stream, args, 7, 2)[0], torch.cat([x for x, y in batches])[7:9])
-
-
-def test_learning_rate():
-    args = type("Args", (), dict(warmup_iters=10, max_iters=110, learning_rate=2.0))
-    lrs = [train.get_lr(step, args) for step in range(110)]
-    assert lrs[0] == pytest.approx(0.2) and max(lrs) == lrs[10] == 2.0 and lrs[60] == pytest.approx(1.1)
-    assert lrs[109] == pytest.approx(0.2, rel=0.01)
-
-
-def test_two_processes_are_one(run):
-    """torchrun with gloo: same losses as one process with the same global batch, and one voice."""
-    flags = ["--pos", "alibi", "--grad_accum", "2", "--learning_rate", "1e-2", "--eval_interval", "1"]
-    run("train", *flags, "--out_dir", "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    result = subprocess.run([*torchrun, HERE / "train.py", *run.tiny, *flags, "--out_dir", "two"],
-                            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("step 6:") == 1
-    logs = [list(csv.reader(open(f"{folder}/alibi/log.csv")))[1:] for folder in ("one", "two")]
-    for a, b in zip(*logs):
-        assert [float(x) for x in a[:4]] == pytest.approx([float(x) for x in b[:4]], rel=1e-5)
-
-
-def test_the_papers_finding(monkeypatch, tmp_path):
-    """Trained at 32 bytes of this Python's library, tested at 256: ALiBi holds, sinusoidal and rotary do not."""
-    monkeypatch.chdir(tmp_path)
-    flags = ("--preset quick --block_size 32 --batch_size 32 --n_layer 2 --n_embd 64 --max_iters 150 --lengths 32 256 "
-             "--pos sinusoidal rotary alibi --learning_rate 4e-3 --eval_interval 150 --device cpu").split()
-    monkeypatch.setattr(sys, "argv", ["train", *flags])
-    train.main()
-    ppl = {(row["pos"], row["length"]): float(row["ppl"]) for row in read_csv("out/quick/extrapolation.csv")}
-    assert ppl["alibi", "256"] < 1.01 * ppl["alibi", "32"]
-    assert ppl["sinusoidal", "256"] > 1.2 * ppl["sinusoidal", "32"]
-    assert ppl["rotary", "256"] > 1.1 * ppl["rotary", "32"]
-
-
-# ---- mistakes, accidents and random settings: one line and exit code 2, nothing lost
-
-
-KILLS, FUZZ_SECONDS = int(os.environ.get("KILLS", 3)), float(os.environ.get("FUZZ_SECONDS", 4))
-FLAGS = ("--preset quick --data corpus --tokenizer word --data_dir store --out_dir out --block_size 8 --batch_size 2 "
-        "--n_layer 1 --n_head 2 --n_embd 16 --max_iters 6 --eval_interval 3 --learning_rate 0.01 ")
-PROGRAMS = {"train": (train.main, FLAGS), "eval": (evaluation.main, "--lengths 8 --data_dir store ")}
-
-
-def call(command):
-    """The exit code of "train FLAGS" or "eval CHECKPOINT FLAGS", run in this process on top of PROGRAMS."""
-    program, _, flags = command.partition(" ")
-    main, base = PROGRAMS[program]
-    sys.argv = [f"{program}.py", *(base + flags).split()]
-    try:
-        evaluation.run(main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def make_corpus(folder, seed=1, train=400, valid=150, test=150):
-    chance = random.Random(seed)
-    Path(folder).mkdir()
-    for split, size in dict(train=train, valid=valid, test=test).items():
-        words = [f"w{chance.randrange(30)}" for _ in range(size)]
-        Path(folder, f"{split}.txt").write_text(" ".join(words) + "\n" if words else "")
-
-
-def contents(folder="."):
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def results(folder):
-    """(what was learned, step and losses in the log) of a run."""
-    weights = torch.load(Path(folder, "ckpt.pt"), weights_only=True)["model"]
-    return weights, [line.split(",")[:3] for line in Path(folder, "log.csv").read_text().splitlines()]
-
-
-def same_results(one, other):
-    return (one[1] == other[1] and one[0].keys() == other[0].keys()
-            and all(torch.equal(one[0][key], other[0][key]) for key in one[0]))
-
-
-@pytest.fixture(scope="module")
-def example(tmp_path_factory):
-    """A folder with corpora and trained runs."""
-    here, back = tmp_path_factory.mktemp("example"), os.getcwd()
-    os.chdir(here)
-    make_corpus("corpus")
-    make_corpus("other", 2, train=500)
-    assert call("train --pos alibi rotary learned") == 0
-    os.chdir(back)
-    return here
-
-
-@pytest.fixture
-def here(example, tmp_path, monkeypatch):
-    """A copy of it, as the current folder."""
-    shutil.copytree(example, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [])
-    return tmp_path
-
-
-def check(capsys, command, phrase):
-    """Exit code 2, one line on stderr with `phrase` in it, every file that was there as it was, no half-written one."""
-    before = contents()
-    capsys.readouterr()
-    code, err = call(command), capsys.readouterr().err
-    assert code == 2 and err.count("\n") == 1 and phrase in err and "Traceback" not in err, (code, err)
-    after = contents()
-    assert before.items() <= after.items() and not [path for path in after if path.suffix in (".tmp", ".part")]
-
-
-# ---- bad input --------------------------------------------------------------------------------------------------
-
-
-CASES = {}
-
-
-def case(name, command, phrase, make=None):
-    """A mistake, a phrase of the line about it, and what prepares the current folder for it."""
-    assert name not in CASES
-    CASES[name] = pytest.param(command, phrase, make, id=name)
-
-
-def damage(change, path="out/alibi/ckpt.pt"):
-    """Loads a checkpoint, lets `change` alter the dict or give another object, saves it."""
-    def make():
-        checkpoint = torch.load(path, weights_only=True)
-        torch.save(change(checkpoint) or checkpoint, path)
-    return make
-
-
-def put(path, content):
-    return lambda: Path(path).write_bytes(content)
-
-
-class Evil:
-    def __reduce__(self):
-        return open, ("marker", "w")
-
-
-def put_folder(path):
-    return lambda: (Path(path).unlink(), Path(path).mkdir())
-
-
-# flags: type and range
-for value, phrase in {"x": "invalid int value: 'x'", "0": "0 is not from 1", "-1": "-1 is not from 1",
-                      "1.5": "invalid int value: '1.5'", "": "expected one argument"}.items():
-    case(f"n_layer={value}", f"train --n_layer {value}", f"argument --n_layer: {phrase}")
-for flag, value, phrase in (
-        ("dropout", "2", "2 is not from 0 to 0.99"), ("dropout", "1", "1 is not from 0 to 0.99"),
-        ("attn_dropout", "-0.1", "-0.1 is not from 0"), ("learning_rate", "nan", "nan is not from 0"),
-        ("learning_rate", "inf", "inf is not from 0"), ("learning_rate", "-1", "-1 is not from 0"),
-        ("learning_rate", "fast", "invalid float value: 'fast'"), ("lengths", "0", "0 is not from 1"),
-        ("lengths", "8 -4", "-4 is not from 1"), ("lengths", "8 x", "invalid int value: 'x'"),
-        ("seed", "-1", "-1 is not from 0"), ("seed", "9999999999", "9999999999 is not from 0"),
-        ("batch_size", "0", "0 is not from 1"), ("grad_accum", "0", "0 is not from 1"),
-        ("max_iters", "0", "0 is not from 1"), ("eval_interval", "0", "0 is not from 1"),
-        ("block_size", "0", "0 is not from 1"), ("window", "-1", "-1 is not from 0"),
-        ("warmup_iters", "-1", "-1 is not from 0"), ("grad_clip", "nan", "nan is not from 0"),
-        ("weight_decay", "-1", "-1 is not from 0"), ("random_positions", "-8", "-8 is not from 0"),
-        ("device", "tpu", "choose from"), ("dtype", "float16", "choose from"), ("tokenizer", "bpe", "choose from")):
-    case(f"{flag}={value}", f"train --{flag} {value}", phrase)
-for flag, value, phrase in (("lengths", "0", "0 is not from 1"), ("stride", "0", "0 is not from 1"),
-                            ("window", "-1", "-1 is not from 0"), ("batch_tokens", "x", "invalid int value"),
-                            ("split", "train", "choose from")):
-    case(f"eval {flag}={value}", f"eval out/alibi --{flag} {value}", phrase)
-
-# flags: names, and what does not go together
-case("unknown flag", "train --n_layers 1", "unrecognized arguments: --n_layers")
-case("unknown flag of eval", "eval out/alibi --pos alibi", "unrecognized arguments: --pos")
-case("unknown encoding", "train --pos alibo", "did you mean alibi?")
-case("unknown preset", "train --preset quik", "did you mean quick?")
-case("unknown corpus", "train --data wikitext103", "did you mean wikitext-103?")
-case("unknown extension", "eval out/alibi --extend interpol", "did you mean interpolate?")
-case("extension for another encoding", "eval out/alibi --extend ntk", "no --extend ntk for alibi")
-case("width and heads", "train --n_embd 15", "--n_embd 15 is not a multiple of --n_head 2")
-for pos in ("rotary", "xpos", "hwfa"):
-    case(f"odd head of {pos}", f"train --pos {pos} --n_embd 18",
-         f"--pos {pos} needs --n_embd 18 / --n_head 2 to be even")
-case("second encoding is wrong", "train --out_dir new --n_embd 18 --pos none rotary", "--pos rotary needs")
-case("random_positions", "train --random_positions 7", "--random_positions 7 is below --block_size 8")
-case("resume and overwrite", "train --resume --overwrite", "not allowed with argument")
-case("no cuda", "train --device cuda", "--device cuda: torch finds none here; name")
-case("no mps for eval", "eval out/alibi --device mps", "--device mps: torch finds none here; name")
-case("stride", "eval out/alibi --lengths 16 8 --stride 9", "--stride 9 would skip targets at length 8")
-
-# the corpus
-case("corpus without files", "train --data empty", "must hold three files", lambda: Path("empty").mkdir())
-case("corpus without test", "train", "must hold three files", lambda: Path("corpus/test.txt").unlink())
-case("corpus is a file", "train --data corpus/train.txt", "no corpus 'corpus/train.txt'")
-case("folder for a file", "train", "must hold three files", put_folder("corpus/train.txt"))
-case("empty train", "train", "the train split of corpus is empty", put("corpus/train.txt", b""))
-case("empty valid", "train", "the valid split of corpus is empty", put("corpus/valid.txt", b""))
-case("empty test as bytes", "train --tokenizer byte", "the test split of corpus is empty", put("corpus/test.txt", b""))
-case("not UTF-8", "train", "corpus/valid.txt: byte 7 is not UTF-8: convert it or use --tokenizer byte",
-     put("corpus/valid.txt", b"line 1\n\xff\n"))
-case("not UTF-8 late", "train", f"byte {3 << 20} is not UTF-8", put("corpus/train.txt", b"a b\n" * (3 << 18) + b"\xe4"))
-case("cut UTF-8", "train", "byte 1 is not UTF-8", put("corpus/train.txt", "aä".encode()[:-1]))
-case("train shorter than a block", "train", "is more than the 4 targets", put("corpus/train.txt", b"a b c d\n"))
-case("valid shorter than a block", "train", "5 targets", put("corpus/valid.txt", b"a b c d e\n"))
-case("lengths beyond valid", "train --lengths 8 151", "length 151 is more than the 150 targets")
-case("eval beyond valid", "eval out/alibi --lengths 8 151", "length 151 is more than the 150 targets")
-case("stored corpus is a file", "train --data wikitext-2", "wikitext-2", put("store/wikitext-2", b"x"))
-case("data_dir is a file", "train --data_dir corpus/train.txt", "cannot write corpus/train.txt/cache")
-
-# checkpoints
-for kind, make, phrase in (
-        ("missing", lambda: Path("out/alibi/ckpt.pt").unlink(), "No such file"),
-        ("empty", put("out/alibi/ckpt.pt", b""), "ckpt.pt"), ("text", put("out/alibi/ckpt.pt", b"hello\n"), "ckpt.pt"),
-        ("cut", lambda: os.truncate("out/alibi/ckpt.pt", 20000), "ckpt.pt"),
-        ("list", damage(lambda c: [1, 2]), "ckpt.pt"), ("code", damage(lambda c: Evil()), "Weights only"),
-        ("folder", put_folder("out/alibi/ckpt.pt"), "ckpt.pt"),
-        ("no args", damage(lambda c: c.pop("args") and None), "'args'"),
-        ("no model", damage(lambda c: c.pop("model") and None), "'model'"),
-        ("a weight less", damage(lambda c: c["model"].pop("ln_f.weight") is None), "state_dict"),
-        ("a weight more", damage(lambda c: c["model"].update(more=torch.ones(1))), "state_dict"),
-        ("a field more", damage(lambda c: c["config"].update(more=1)), "more"),
-        ("another width", damage(lambda c: c["config"].update(n_embd=32)), "state_dict"),
-        ("unknown encoding", damage(lambda c: c["config"].update(pos="x")), "KeyError: 'x'")):
-    case(f"eval checkpoint: {kind}", "eval out/alibi", phrase, make)
-    if kind not in ("missing", "folder"):
-        case(f"resume checkpoint: {kind}", "train --resume", phrase, make)
-case("eval checkpoint: empty args", "eval out/alibi", "ckpt.pt", damage(lambda c: c["args"].clear()))
-case("resume checkpoint: no optimizer", "train --resume", "ckpt.pt", damage(lambda c: c.pop("optimizer") and None))
-case("resume checkpoint: a flag less", "train --resume", "--seed 1337, but",
-     damage(lambda c: c["args"].pop("seed") and None))
-case("another vocabulary", "eval out/alibi --data other", "another vocabulary", put("other/train.txt", b"a b\n" * 99))
-case("a second one", "eval out/alibi more", "no checkpoint of train.py", put("more", b"x"))
-
-# runs that are there already
-case("there already", "train", "with --resume, or start anew with --overwrite")
-case("second is there", "train --pos none rotary", "out/rotary/ckpt.pt is there already")
-case("fewer steps", "train --resume --max_iters 5", "--max_iters 5 is less than the 6 steps of")
-for flag, value in dict(n_embd=32, tokenizer="byte", data="other", seed=7, learning_rate=0.1, window=4,
-                        grad_accum=2).items():
-    case(f"resume with another {flag}", f"train --resume --{flag} {value}", f"--{flag} {value}, but out/alibi/ckpt.pt")
-case("resume in a copied folder", "train --resume --pos none", "--pos none, but out/none/ckpt.pt was trained with",
-     lambda: shutil.copytree("out/alibi", "out/none"))
-case("resume on changed text", "train --resume", "its vocabulary is another",
-     put("corpus/train.txt", b"a b\n" * 99))
-
-# what cannot be written
-case("out_dir is a file", "train --out_dir corpus/train.txt", "cannot write corpus/train.txt/alibi/log.csv")
-case("out_dir is a file, told at once", "train --out_dir corpus/train.txt --max_iters 99999 --eval_interval 99999",
-     "cannot write", lambda: signal.setitimer(signal.ITIMER_REAL, 3))
-case("csv below a file", "eval out/alibi --csv corpus/train.txt/table.csv", "cannot write corpus/train.txt/table.csv")
-case("csv is a folder", "eval out/alibi --csv corpus", "cannot write corpus")
-case("plot below a file", "eval out/alibi --plot corpus/train.txt/figure.png", "cannot write corpus/train.txt/figure")
-case("plot of no format", "eval out/alibi --plot figure.txt", "figure.txt")
-
-
-@pytest.mark.parametrize("command, phrase, make", CASES.values())
-def test_mistake(command, phrase, make, here, capsys, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
-    figure = MagicMock()       # as matplotlib is not needed for tests: a figure that knows png alone
-    figure.Figure.return_value.savefig = lambda file, format, dpi: {"png": 1}.get(format) or int("no such format")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", figure)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    alarm = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("still at it"))
-    if make:
-        make()
-    try:
-        check(capsys, command, phrase)
-        assert not Path("marker").exists(), "code from a checkpoint ran"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, alarm)
-
-
-def test_plot_without_matplotlib(here, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    check(capsys, "eval out/alibi --plot figure.png", "--plot needs matplotlib: pip install matplotlib")
-
-
-def test_real_process(tmp_path):
-    command = [sys.executable, train.__file__, "--data", "wikitext", "--out_dir", "out"]
-    one = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=one)
-    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1) and "train.py: no corpus" in run.stderr
-    assert not list(tmp_path.iterdir())
-
-
-# ---- downloads --------------------------------------------------------------------------------------------------
-
-
-def zipped(**members):
-    """A zip like WikiText's; a member can be renamed, or left out with ''."""
+def zipped():
+    """A zip like WikiText's."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for split in data.SPLITS:
-            if path := members.get(split, f"wikitext-2/wiki.{split}.tokens"):
-                archive.writestr(path, f" a b <unk> {split} \n" * 40)
+            archive.writestr(f"wikitext-2/wiki.{split}.tokens", f" a b <unk> {split} \n" * 40)
     return file.getvalue()
 
 
 class Mirror(BaseHTTPRequestHandler):
     """/200/x.zip serves `body`, /403/x.zip is refused, and so on; `agents` saw who asked."""
-    body, agents = b"", []
+    body, agents = zipped(), []
 
     def do_GET(self):
         self.agents.append(self.headers["User-Agent"])
         how = self.path.split("/")[1]
-        if how == "hang":
-            return time.sleep(0.5)
-        self.send_response(int(how) if how.isdigit() else 200)
-        self.send_header("Content-Length", len(self.body))
-        self.end_headers()
-        self.wfile.write({"200": self.body, "half": self.body[:99], "wrong": bytes(len(self.body))}.get(how, b""))
-        if how == "stall":
+        if how != "hang":
+            self.send_response(int(how) if how.isdigit() else 200)
+            self.send_header("Content-Length", len(self.body))
+            self.end_headers()
+            parts = {"200": self.body, "half": self.body[:99], "wrong": bytes(len(self.body))}
+            self.wfile.write(parts.get(how, b""))
+        if how in ("hang", "stall"):
             time.sleep(0.5)
 
     def log_message(self, *_):
@@ -874,169 +736,631 @@ def server():
         server.shutdown()
 
 
-def serve(monkeypatch, server, body, *ways):
-    """Makes `body` the published zip, and each way a mirror."""
-    Mirror.agents.clear()
-    monkeypatch.setattr(Mirror, "body", body)
-    monkeypatch.setitem(data.ZIPS, "wikitext-2", (len(body), hashlib.sha256(body).hexdigest()))
-    monkeypatch.setattr(data, "MIRRORS", [way if ":" in way else f"{server}/{way}/" for way in ways])
-    monkeypatch.setattr(data, "TIMEOUT", 0.15)
+@pytest.fixture
+def mirror(here, server, monkeypatch):
+    """mirror(way) makes the server's zip the published one, and this way of serving it the mirror."""
+    def mirror(way, timeout=30):
+        Mirror.agents.clear()
+        body = Mirror.body
+        monkeypatch.setitem(data.ZIPS, "wikitext-2", (len(body), hashlib.sha256(body).hexdigest()))
+        monkeypatch.setattr(data, "MIRROR", way if ":" in way else f"{server}/{way}/")
+        monkeypatch.setattr(data, "TIMEOUT", timeout)
+    return mirror
 
 
 @pytest.mark.parametrize("way, phrase", (
     ("403", "HTTP Error 403"), ("404", "HTTP Error 404"), ("500", "HTTP Error 500"), ("hang", "timed out"),
     ("stall", "timed out"), ("half", "sha256"), ("wrong", "sha256"), ("http://127.0.0.1:1/", "refused"),
     ("http://nowhere.invalid/", "rror")))
-def test_download_fails(way, phrase, here, server, capsys, monkeypatch):
-    serve(monkeypatch, server, zipped(), way, "404")
-    check(capsys, "train --data wikitext-2", phrase)
-    check(capsys, "train --data wikitext-2", "fetch wikitext-2-v1.zip by hand into " + str(here / "store"))
+def test_download_fails(way, phrase, mirror, here):
+    mirror(way, timeout=0.15 if way in ("hang", "stall") else 30)
+    refused("train --data wikitext-2", phrase)
+    refused("train --data wikitext-2", f"put the real wikitext-2-v1.zip into {here / 'store'}, or use --data")
     assert [path.name for path in Path("store").iterdir()] == ["cache"]
 
 
-@pytest.mark.parametrize("body, phrase", (
-        (zipped(test="../evil"), "outside"), (zipped(test="/tmp/evil"), "outside"),
-        (zipped(test=""), "wiki.test.tokens"),
-        (zipped(train="wiki.train.tokens"), "wiki.train.tokens"), (b"no zip", "not a zip")),
-    ids=("parent", "absolute", "missing", "no folder", "no zip"))
-def test_zip_of_something_else(body, phrase, here, server, capsys, monkeypatch):
-    serve(monkeypatch, server, body, "200")
-    check(capsys, "train --data wikitext-2", phrase)
-    # the zip stays: its hash is right, and the line names it
-    assert {path.name for path in Path("store").iterdir()} == {"cache", "wikitext-2-v1.zip"}
-    assert not Path("evil").exists() and not Path("/tmp/evil").exists()
+def test_download(mirror):
+    mirror("200")
+    corpus = data.load("wikitext-2", "word", "store")
+    assert corpus.words == ["a", "b", "<unk>", "train", "<eos>"] and len(corpus.train) == 40 * 5
+    assert len(Mirror.agents) == 1 and "urllib" not in Mirror.agents[0].lower()
+    assert {path.name for path in Path("store").iterdir()} == {"cache", "wikitext-2"}
+    works("train --data wikitext-2 --out_dir new")
+    assert len(Mirror.agents) == 1      # no second download
+
+
+def test_zip_put_by_hand(mirror):
+    mirror("404")
+    Path("store/wikitext-2-v1.zip").write_bytes(Mirror.body)
+    assert len(data.load("wikitext-2", "word", "store").test) == 40 * 5 and not Mirror.agents
 
 
 @pytest.mark.parametrize("bad", (zipped()[:-9], b"", b"<html>not found</html>"), ids=("cut", "empty", "page"))
-def test_zip_put_by_hand(bad, here, server, capsys, monkeypatch):
-    serve(monkeypatch, server, zipped(), "200")
+def test_wrong_zip_put_by_hand(bad, mirror):
+    mirror("200")
     Path("store/wikitext-2-v1.zip").write_bytes(bad)
-    check(capsys, "train --data wikitext-2", "store/wikitext-2-v1.zip has size and sha256")
+    refused("train --data wikitext-2", "store/wikitext-2-v1.zip")
+    refused("train --data wikitext-2", "size and sha256")
     assert not Mirror.agents and not Path("store/wikitext-2").exists()
 
 
-def test_second_mirror(here, server, monkeypatch):
-    serve(monkeypatch, server, zipped(), "403", "half", "200", "500")
-    corpus = data.load("wikitext-2", "word", "store")
-    assert len(corpus.train) == 40 * 5 and corpus.vocab_size == 5
-    assert len(Mirror.agents) == 3 and not any("urllib" in agent.lower() for agent in Mirror.agents)
-    assert not [path for path in Path("store").iterdir() if path.suffix in (".part", ".tmp")]
-    assert call("train --data wikitext-2 --out_dir new") == 0 and len(Mirror.agents) == 3       # no second download
+@pytest.mark.parametrize("corpus, meet", [("corpus", "numpy.save"), ("wikitext-2", "zipfile.ZipFile"),
+                                          pytest.param("wikitext-2", "os.replace", marks=TO_COME)])
+def test_two_runs_at_once(corpus, meet, mirror):
+    """In a fresh folder, with both of them at the same place: both succeed and share one cache."""
+    mirror("200")
+    barrier, module, name = multiprocessing.get_context("fork").Barrier(2), *meet.split(".")
+    original, met = getattr(sys.modules[module], name), []
+
+    def together(*args):
+        if not met:
+            met.append(barrier.wait(60))
+        return original(*args)
+
+    flags = f"--data {corpus} --data_dir fresh --max_iters 1"
+    with mock.patch.object(sys.modules[module], name, together):
+        runs = [fork(lambda out: call(f"train {flags} --out_dir {out}").code, out) for out in ("one", "two")]
+    assert [ends(run) for run in runs] == [0, 0]
+    assert results("one/alibi") == results("two/alibi")
+    assert len(list(Path("fresh/cache").iterdir())) == 2 and not list(Path("fresh").rglob("*.tmp"))
 
 
-# ---- damaged caches are built anew --------------------------------------------------------------------------------
+# ---- protocols --------------------------------------------------------------------------------------
 
 
-def cut(path, size):
-    return os.truncate(path, path.stat().st_size + size if size < 0 else size)
+@pytest.mark.parametrize("n, length, stride", [(50, 16, None), (49, 16, None), (50, 16, 5), (33, 16, 16),
+                                               (17, 16, 1), (10, 16, 3), (2, 1, 1), (47, 8, 3)])
+def test_every_target_counts_once(n, length, stride):
+    """Against one forward pass for each target, over the window that the protocol gives it."""
+    model, stream = tiny_model("alibi"), tokens(n)[0].numpy()
+    expected, S = np.zeros((2, length)), stride or length
+    for target in range(n - 1):
+        start = max(0, math.ceil((target + 1 - length) / S)) * S
+        ids = torch.from_numpy(stream[start:target + 2])[None]
+        expected[:, target - start] += model(ids[:, :-1], ids[:, 1:])[0, -1].item(), 1
+    for batch_tokens in (1, 64):
+        found = evaluation.evaluate(model, stream, length, stride, batch_tokens=batch_tokens)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind, suffix, harm", (
-        ("short", "npy", lambda path: cut(path, -3)), ("head", "npy", lambda path: cut(path, 20)),
-        ("empty", "npy", lambda path: cut(path, 0)),
-        ("dtype", "npy", lambda path: path.write_bytes(path.read_bytes().replace(b"<u2", b"<i2"))),
-        ("text", "npy", lambda path: path.write_text("hello")), ("gone", "npy", Path.unlink),
-        ("empty", "json", lambda path: cut(path, 0)), ("short", "json", lambda path: cut(path, -3)),
-        ("garbage", "json", lambda path: path.write_bytes(os.urandom(40))), ("gone", "json", Path.unlink),
-        ("number", "json", lambda path: path.write_text("7")), ("null", "json", lambda path: path.write_text("null")),
-        ("fields", "json", lambda path: path.write_text('{"a": 1, "b": 2, "c": 3, "d": 4}')),
-        ("counts", "json", lambda path: path.write_text(json.dumps([[1, 2, 3], "uint16", 31, "x"]))),
-        ("types", "json", lambda path: path.write_text(json.dumps([["a", "b", "c"], 5, None, []])))))
-def test_cache(kind, suffix, harm, here):
-    before = data.load("corpus", "word", "store")
-    before = [*map(np.array, before[:3]), *before[3:]]      # not mapped to the file that is damaged
-    content = contents("store")
-    [path] = Path("store/cache").glob(f"corpus-word-*.{suffix}")
-    harm(path)
-    after = data.load("corpus", "word", "store")
-    assert all((a == b).all() for a, b in zip(before[:3], after[:3])) and before[3:] == list(after[3:])
-    assert contents("store") == content
+def test_evaluation_leaves_training_alone():
+    model, stream = tiny_model("alibi", dropout=0.5, random_positions=50).train(), tokens(100)[0].numpy()
+    state = torch.get_rng_state()
+    one, two = (evaluation.evaluate(model, stream, 16)[0] for _ in range(2))
+    assert torch.equal(one, two) and model.training and torch.equal(torch.get_rng_state(), state)
 
 
-# ---- accidents on the way -----------------------------------------------------------------------------------------
+def test_by_position(here):
+    """The bins, weighted by their counts, give the loss of the whole."""
+    out = works("eval out/alibi --lengths 12 --by_position --csv t.csv")
+    found = re.findall(r"alibi at 12, having seen (\d+) to (\d+) tokens: loss ([\d.]+)", out)
+    assert [(int(a), int(b)) for a, b, _ in found] == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 12)]
+    [row] = read_csv("t.csv")
+    count = [sum(a <= n % 12 + 1 <= b for n in range(int(row["tokens"]))) for a, b in
+             [(int(a), int(b)) for a, b, _ in found]]
+    mean = np.average([float(loss) for *_, loss in found], weights=count)
+    assert mean == pytest.approx(float(row["loss"]), abs=1e-3)
 
 
-def test_diverging(here, capsys):
-    check(capsys, "train --overwrite --learning_rate 1e9", "learning rate ")
-    assert evaluation.load_checkpoint("out/alibi").step == 6     # of the run before
+def test_table_and_csv(here):
+    out = works("eval out/alibi out/learned/ckpt.pt --stride 4 --lengths 8 12 --csv t.csv --window 4 --logn "
+                "--split test")
+    assert "test split, sliding by 4" in out and "learned + logn + window 4" in out
+    rows, keys = read_csv("t.csv"), ("length", "stride", "split", "tokens", "window", "logn")
+    found = [[r[key] for key in keys] for r in rows]
+    assert found == [[n, "4", "test", "150", "4", "1"] for n in ("8", "12", "8")]
+    assert all(float(r["ppl"]) == pytest.approx(math.exp(float(r["loss"]))) for r in rows)
 
 
-def test_diverging_checkpoint_is_sound(here, capsys):
-    check(capsys, "train --out_dir new --learning_rate 1e9 --eval_interval 1", "lower --learning_rate")
-    log = Path("new/alibi/log.csv")
-    assert not log.exists() or "nan" not in log.read_text()
+def test_eval_measures_what_training_measured(here):
+    works("eval out --lengths 8 16 32 64 128 --csv t.csv")
+    one, two = ({(r["pos"], r["length"]): float(r["loss"]) for r in read_csv(path)}
+                for path in ("t.csv", "out/extrapolation.csv"))
+    assert one == pytest.approx(two, rel=1e-4) and len(one) == 11
 
 
-def test_diverging_without_checkpoint(here, capsys):
-    check(capsys, "train --out_dir new --learning_rate 1e9", "lower --learning_rate")
-    assert [path.name for path in Path("new/alibi").iterdir()] == ["log.csv"]
+def test_a_folder_of_runs(here):
+    """All below it, in order; other text and several corpora are told apart."""
+    out = works("eval out").splitlines()
+    assert [line.split()[0] for line in out[2:5]] == ["alibi", "learned", "rotary"]
+    works("train --data other --out_dir deep/er")
+    assert "alibi on other" in works("eval out deep")
+    assert "alibi on other" not in works("eval out/alibi --data other")
+    assert len(re.findall("^alibi", works("eval out/alibi deep/er/alibi --data corpus"), re.M)) == 2
+
+
+@pytest.mark.parametrize("changes", [{}, dict(pos="none", window=123456, logn=1)])
+def test_columns(changes, capsys):
+    """However large or missing a perplexity is, the table stays a table."""
+    ppl = [1.25, 99999.99, 1234567.8, 98765432109.8, None]
+    row = dict(pos="sandwich", train_length=8, stride=None, split="valid", tokens=1, loss=1.0, extend="",
+               window=0, logn=0, random_positions=0, checkpoint="x", data="corpus") | changes
+    lines = [[row | dict(length=8 * 2 ** n, ppl=value) for n, value in enumerate(order)]
+             for order in (ppl, ppl[::-1])]
+    evaluation.report(lines, "word", "")
+    _, head, *printed = capsys.readouterr().out.splitlines()
+    start = head.index(" trained") + 8
+    for line, order in zip(printed, (ppl, ppl[::-1])):
+        cells = [line[start + 9 * n:start + 9 * n + 9] for n in range(5)]
+        assert line[start - 8:start].strip() == "8" and all(cell[0] == " " for cell in cells)
+        for cell, value in zip(cells, order):
+            assert cell.strip() == "-" if value is None else float(cell) == pytest.approx(value, rel=1e-2)
+
+
+@pytest.mark.parametrize("ppl, verdict", [
+    ({8: 2, 16: 2.019, 32: 1}, "holds"), ({8: 2, 16: 2.021, 32: 1}, "fails from 16"),
+    ({8: 2, 16: 2, 32: math.nan}, "fails from 32"), ({8: 2, 16: None}, "fails from 16"),
+    ({8: math.nan, 16: 2}, "fails from 16"), ({4: 9, 8: 2}, ""), ({16: 2, 32: 2}, ""), ({8: None, 16: 2}, "")
+])
+def test_verdict(ppl, verdict):
+    """Nothing is said where the trained length or a longer one was not measured."""
+    rows = [dict(train_length=8, length=n, ppl=value) for n, value in ppl.items()]
+    assert evaluation.verdict(rows) == verdict
+
+
+@pytest.mark.parametrize("command", ("eval out/alibi --lengths 16 32", "eval out/learned --lengths 16",
+                                     "eval out --lengths 4 8", "eval nan --lengths 8 16"))
+def test_does_not_hold(command, here):
+    checkpoint = load("out/alibi")
+    checkpoint["model"]["ln_f.weight"].fill_(math.nan)
+    torch.save(checkpoint, "nan")
+    assert "holds" not in works(command)
+
+
+def test_csv_into_a_pipe(here):
+    """A real process: the table goes where the CSV goes."""
+    flags = [*BASE["eval"].split(), "out/alibi", "--csv", "/dev/stdout"]
+    run = subprocess.run([sys.executable, evaluation.__file__, *flags], capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    assert "\nalibi,8,8,,valid,150," in "\n" + run.stdout and "perplexity per word" in run.stdout
+
+
+@TO_COME
+def test_csv_through_a_link(here):
+    Path("link.csv").symlink_to("table.csv")
+    works("eval out/alibi --csv link.csv")
+    assert Path("link.csv").is_symlink() and Path("table.csv").is_file()
+
+
+def test_figure(here):
+    pytest.importorskip("matplotlib")
+    works("eval out --lengths 8 16 --plot figure --csv t.csv")
+    assert Path("figure").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- training ---------------------------------------------------------------------------------------
+
+
+def test_train_from_the_command_line(here):
+    out = works("train --out_dir new --pos alibi learned --tokenizer byte")
+    assert "alibi step 6: train loss" in out and re.search("^learned.*fails from 16", out, re.M)
+    rows, size = read_csv("new/extrapolation.csv"), Path("corpus/valid.txt").stat().st_size
+    assert list(rows[0])[:13] == ["pos", "train_length", "length", "stride", "split", "tokens", "loss", "ppl",
+                                  "extend", "window", "logn", "random_positions", "checkpoint"]
+    lengths = [("alibi", str(8 * 2 ** n)) for n in range(5)] + [("learned", "8")]
+    assert [(r["pos"], r["length"]) for r in rows] == lengths
+    assert {r["tokens"] for r in rows} == {str(size - 1)}
+    assert all(float(r["ppl"]) == pytest.approx(math.exp(float(r["loss"]))) for r in rows)
+    log = read_csv("new/alibi/log.csv")
+    assert list(log[0]) == ["step", "train_loss", "valid_loss", "lr", "tokens_per_s"]
+    assert [r["step"] for r in log] == ["3", "6"]
+    assert float(rows[0]["loss"]) == pytest.approx(float(log[1]["valid_loss"]))
+
+
+def test_bfloat16(here):
+    """One step of every encoding: finite, and its own parameters move."""
+    pos = " ".join(POSITIONS)
+    flags = "--dtype bfloat16 --block_size 132 --max_iters 1 --warmup_iters 0 --lengths 132"
+    works(f"train --pos {pos} --out_dir new {flags}")
+    for pos in POSITIONS:
+        [row], checkpoint = read_csv(f"new/{pos}/log.csv"), load(f"new/{pos}")
+        torch.manual_seed(checkpoint["args"]["seed"])
+        for name, p in GPT(GPTConfig(**checkpoint["config"])).named_parameters():
+            assert not torch.equal(p, checkpoint["model"][name]), (pos, name)
+        assert math.isfinite(float(row["train_loss"])) and math.isfinite(float(row["valid_loss"]))
+
+
+@pytest.mark.parametrize("flags, number, interval", [
+    ("alibi --dropout 0.2 --grad_accum 2", signal.SIGTERM, 3), ("xpos", signal.SIGTERM, 7),
+    ("fire --random_positions 20 --logn", signal.SIGINT, 1),
+    ("t5 --tokenizer byte --window 3 --attn_dropout 0.1", signal.SIGINT, 3),
+    ("hwfa --act_dropout 0.5", signal.SIGINT, 7), ("learned --grad_clip 0", signal.SIGTERM, 1)])
+def test_stopped_and_resumed(flags, number, interval, here, monkeypatch, capfd):
+    """A signal in steps 2 and 5: that is told at once, the step ends, --resume goes on, bit for bit."""
+    pos, command = flags.split()[0], f"train --n_layer 2 --eval_interval {interval} --pos {flags} --out_dir"
+    works(f"{command} whole")
+    get_lr, stops = train.get_lr, [1, 4]
+
+    def interrupt(step, args):
+        if stops and step == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), number)
+            told = sys.stderr.getvalue() + capfd.readouterr().err
+            assert "finishing this step; once more stops at once" in told
+        return get_lr(step, args)
+
+    monkeypatch.setattr(train, "get_lr", interrupt)
+    for step in (2, 5):
+        code, out, err = call(f"{command} parts --resume")
+        assert code == 128 + number and err.strip().count("\n") == 0 and out.splitlines()[-1] == (
+            f"stopped after step {step}: the same command with --resume goes on from parts/{pos}/ckpt.pt")
+        assert load(f"parts/{pos}")["step"] == step
+    works(f"{command} parts --resume --eval_interval 1")
+    assert results(f"parts/{pos}") == results(f"whole/{pos}")
+
+
+def test_resume_knows_the_text(here):
+    """By its content: a folder may move or be named otherwise, but not change."""
+    command = "train --tokenizer byte --out_dir new --max_iters 7"
+    works(f"{command} --max_iters 6")
+    shutil.copytree("corpus", "moved")
+    for name in ("./corpus", "moved", here / "corpus"):
+        shutil.copytree("new", "again")
+        works(f"{command} --out_dir again --resume --data {name}")
+        shutil.rmtree("again")
+    train_text = Path("corpus/train.txt")
+    train_text.write_text(train_text.read_text().replace("w1", "w2", 1))
+    refused(f"{command} --resume", "--data corpus is not the text of new/alibi/ckpt.pt")
+
+
+def test_another_encoding_into_the_same_folder(here):
+    def found():
+        return [(row["pos"], row["length"]) for row in read_csv("out/extrapolation.csv")]
+    before = found()
+    works("train --pos none --lengths 8 16")
+    assert found() == before + [("none", "8"), ("none", "16")]
+    works("train --pos none --lengths 8 16 --overwrite")
+    assert found() == before + [("none", "8"), ("none", "16")]
+
+
+def test_accumulated_gradients_are_one_big_batch(here):
+    logs = []
+    for batch, accum in ((8, 1), (2, 4)):
+        sizes = f"--batch_size {batch} --grad_accum {accum}"
+        works(f"train --pos rotary --out_dir {batch} {sizes} --eval_interval 1")
+        log = read_csv(f"{batch}/rotary/log.csv")
+        logs += [[float(row[key]) for row in log for key in ("train_loss", "valid_loss")]]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+def test_batches():
+    """Every block once an epoch, each epoch in another order, the same for a seed; targets one on."""
+    args = argparse.Namespace(block_size=4, seed=3)
+    stream = np.arange(43)
+    batches = [train.get_batch(stream, args, n, 5) for n in range(0, 20, 5)]
+    starts = [x[:, 0].tolist() for x, y in batches]
+    assert all(torch.equal(x + 1, y) and (x[:, 1:] == y[:, :-1]).all() for x, y in batches)
+    first, second = starts[0] + starts[1], starts[2] + starts[3]
+    assert sorted(first) == sorted(second) == [4 * n for n in range(10)] and first != second
+    assert torch.equal(train.get_batch(stream, args, 7, 2)[0], torch.cat([x for x, y in batches])[7:9])
+
+
+def test_learning_rate():
+    args = argparse.Namespace(warmup_iters=10, max_iters=110, learning_rate=2.0)
+    lrs = [train.get_lr(step, args) for step in range(110)]
+    assert lrs[0] == pytest.approx(0.2) and max(lrs) == lrs[10] == 2.0 and lrs[60] == pytest.approx(1.1)
+    assert lrs[109] == pytest.approx(0.2, rel=0.01)
+
+
+def test_two_processes_are_one(here):
+    """torchrun with gloo: same losses as one process with the same global batch, and one voice."""
+    flags = "--grad_accum 2 --eval_interval 1"
+    works(f"train {flags} --out_dir one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", train.__file__,
+               *BASE["train"].split(), *flags.split(), "--out_dir", "two"]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("step 6:") == 1
+    one, two = ([[float(row[key]) for key in ("step", "train_loss", "valid_loss", "lr")]
+                 for row in read_csv(f"{folder}/alibi/log.csv")] for folder in ("one", "two"))
+    assert np.array(one) == pytest.approx(np.array(two), rel=1e-4)
+
+
+@pytest.mark.parametrize("dropout", (0, 0.5))
+def test_two_processes_draw_apart(dropout, here, monkeypatch):
+    """On a text that is the same everywhere only dropout can tell two processes' losses apart."""
+    write_corpus("same", "a " * 404, "a " * 40, "a " * 40)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    forward = GPT.forward
+
+    def body(rank):
+        def noted(model, idx, targets):
+            loss = forward(model, idx, targets)
+            with open(f"losses{rank}", "a") as file:
+                print(loss.tolist(), file=file)
+            return loss
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        train.RANK, train.WORLD, GPT.forward = rank, 2, noted
+        return call(f"train --data same --out_dir new --max_iters 1 --lengths 8 --dropout {dropout}").code
+
+    processes = [fork(body, rank) for rank in (0, 1)]
+    assert [ends(process) for process in processes] == [0, 0]
+    one, two = (Path(f"losses{rank}").read_text().splitlines()[0] for rank in (0, 1))
+    assert (one == two) == (dropout == 0)
+
+
+@pytest.mark.parametrize("program, flags", re.findall(r"(train|eval)\.py (.*?)(?: +#.*)?$",
+                                                      train.__doc__ + evaluation.__doc__, re.M))
+def test_commands_of_the_docstrings(program, flags, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, *flags.split()])
+    assert {"train": train, "eval": evaluation}[program].get_args()
+
+
+@pytest.mark.parametrize("program", ("train", "eval"))
+def test_help(program, monkeypatch):
+    """Every option has a text, every encoding its line."""
+    options, add = [], argparse.ArgumentParser.add_argument
+
+    def noted(self, *names, **more):
+        options.append(more.get("help"))
+        return add(self, *names, **more)
+
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", noted)
+    out = works(f"{program} --help")
+    assert len(options) > 12 and all(options)
+    assert program == "eval" or all(re.search(rf"^  {pos} .*\(.+\)", out, re.M) for pos in POSITIONS)
+
+
+@TO_COME
+@pytest.mark.parametrize("program", ("train", "eval"))
+def test_help_fits_80_columns(program, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, works(f"{program} --help").splitlines())) <= 80
+
+
+def test_the_papers_finding(tmp_path, monkeypatch):
+    """Trained at 32 bytes of Python's library, tested at 256: ALiBi holds, sinusoidal and rotary do not."""
+    monkeypatch.chdir(tmp_path)
+    library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = b"".join(path.read_bytes() for path in library)[:2 ** 20 + 12000]
+    write_corpus("library", text[:2 ** 20], text[2 ** 20:], b"none")
+    works("train --data library --tokenizer byte --block_size 32 --batch_size 16 --n_layer 2 --n_head 4 "
+          "--n_embd 64 --max_iters 150 --warmup_iters 40 --learning_rate 4e-3 --eval_interval 150 "
+          "--lengths 32 256 --pos sinusoidal rotary alibi")
+    ppl = {(row["pos"], row["length"]): float(row["ppl"]) for row in read_csv("out/extrapolation.csv")}
+    ratio = {pos: ppl[pos, "256"] / ppl[pos, "32"] for pos in ("sinusoidal", "rotary", "alibi")}
+    assert ratio["alibi"] < 1.05 < min(ratio["sinusoidal"], ratio["rotary"]), ratio
+
+
+# ---- accidents: one line and exit code 2, nothing lost ----------------------------------------------
+
+CASES = []
+
+
+def case(command, phrase, make=None, name=""):
+    """A mistake, a phrase of the line about it, and what prepares the current folder for it."""
+    CASES.append(pytest.param(command, phrase, make, id=name or command))
+
+
+def damage(change, path="out/alibi/ckpt.pt"):
+    """Loads a checkpoint, lets `change` alter the dict or give another object, saves it."""
+    def make():
+        checkpoint = torch.load(path, weights_only=True)
+        torch.save(change(checkpoint) or checkpoint, path)
+    return make
+
+
+def put(path, content):
+    return lambda: Path(path).write_bytes(content)
+
+
+def put_folder(path):
+    return lambda: (Path(path).unlink(), Path(path).mkdir())
+
+
+def flip_a_byte():
+    """One of the largest weight's."""
+    path = Path("out/alibi/ckpt.pt")
+    with zipfile.ZipFile(path) as archive:
+        info = max(archive.infolist(), key=lambda info: info.file_size)
+    content = bytearray(path.read_bytes())
+    content[info.header_offset + 500] ^= 64
+    path.write_bytes(content)
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ("marker", "w")
+
+
+def values(program, phrase, words):
+    for flag, value in (word.split("=") for word in words.split()):
+        case(f"{program} --{flag} {value}", f"argument --{flag}: " + phrase.format(value))
+
+
+# flags: type and range
+values("train", "invalid int value: '{}'", "n_layer=x n_layer=1.5")
+values("train", "invalid float value: 'fast'", "learning_rate=fast")
+values("train", "expected one argument", "n_layer=")
+values("train", "{} is not from 1 to 1000000000", "n_layer=0 n_layer=-1 lengths=0 batch_size=0 grad_accum=0 "
+       "max_iters=0 eval_interval=0 block_size=0")
+values("train", "{} is not from 0 to ", "dropout=2 dropout=1 attn_dropout=-0.1 learning_rate=nan "
+       "learning_rate=inf learning_rate=-1 seed=-1 seed=9999999999 window=-1 warmup_iters=-1 grad_clip=nan "
+       "weight_decay=-1 random_positions=-8")
+values("train", "invalid choice: '{}' (choose from ",
+       "device=tpu dtype=float16 tokenizer=bpe pos=alibo preset=quik")
+values("eval out/alibi", "{} is not from ", "lengths=0 stride=0 window=-1")
+values("eval out/alibi", "invalid choice: '{}' (choose from ", "split=train extend=interpol")
+values("eval out/alibi", "invalid int value: '{}'", "batch_tokens=x")
+case("train --lengths 8 -4", "-4 is not from 1")
+case("train --lengths 8 x", "invalid int value: 'x'")
+
+# flags: names, and what does not go together
+case("train --n_layers 1", "unrecognized arguments: --n_layers")
+case("eval out/alibi --pos alibi", "unrecognized arguments: --pos")
+case("train --data wikitext", "no corpus 'wikitext': it is one of wikitext-103, wikitext-2, stdlib, or a")
+case("eval out/alibi --extend ntk", "--extend ntk is for rotary")
+case("eval out/rotary --extend ntk hierarchical", "--extend hierarchical is for learned")
+case("eval out/alibi --extend interpolate", "without random positions",
+     lambda: works("train --overwrite --random_positions 20"))
+case("train --n_embd 15", "--n_embd 15 is not a multiple of --n_head 2")
+for pos in ("rotary", "xpos", "hwfa"):
+    case(f"train --pos {pos} --n_embd 18", f"--pos {pos}: --n_embd 18 / --n_head 2 is not even")
+case("train --out_dir new --n_embd 18 --pos none rotary", "--pos rotary: ")
+case("train --random_positions 7", "--random_positions 7 < --block_size 8")
+case("train --resume --overwrite", "not allowed with argument")
+case("train --device cuda", "--device cuda: torch finds none here; name")
+case("eval out/alibi --device mps", "--device mps: torch finds none here; name")
+case("eval out/alibi --lengths 16 8 --stride 9", "--stride 9 would skip targets at length 8")
+case("eval out/alibi bytes/alibi", "words and bytes do not compare",
+     lambda: works("train --tokenizer byte --out_dir bytes"))
+
+# the corpus
+files, train_text = "must hold wiki.{train,valid,test}.tokens or {train,valid,test}.txt", "corpus/train.txt"
+case("train --data empty", files, lambda: Path("empty").mkdir())
+case("train", files, lambda: Path("corpus/test.txt").unlink(), "corpus without test")
+case("train --data corpus/train.txt", "no corpus 'corpus/train.txt'")
+case("train", files, put_folder(train_text), "a folder for a file")
+for split in data.SPLITS:
+    case("train", f"the {split} split of corpus is empty", put(f"corpus/{split}.txt", b""), f"empty {split}")
+case("train --tokenizer byte", "the test split of corpus is empty", put("corpus/test.txt", b""))
+case("train", "corpus/valid.txt is not UTF-8 (invalid start byte): try --tokenizer byte",
+     put("corpus/valid.txt", b"line 1\n\xff\n"), "not UTF-8")
+case("train", "train.txt is not UTF-8", put(train_text, b"a b\n" * (3 << 18) + b"\xe4"), "not UTF-8 late")
+case("train", "is not UTF-8 (unexpected end of data)", put(train_text, "aä".encode()[:-1]), "cut UTF-8")
+case("train", "train has 4 targets", put(train_text, b"a b c d\n"), "train shorter than a block")
+case("train", "5 targets", put("corpus/valid.txt", b"a b c d e\n"), "valid shorter than a block")
+case("train --lengths 8 151", "length 151 is more than the 150 targets")
+case("eval out/alibi --lengths 8 151", "length 151 is more than the 150 targets")
+case("eval out/alibi", "targets", put("corpus/valid.txt", b""), "eval of an empty text")
+case("train --data wikitext-2", "wikitext-2", put("store/wikitext-2", b"x"))
+case("train --data_dir corpus/train.txt", "cannot write corpus/train.txt/cache")
+
+# checkpoints
+for kind, make in {
+        "empty": put("out/alibi/ckpt.pt", b""), "text": put("out/alibi/ckpt.pt", b"hello\n"),
+        "cut": lambda: os.truncate("out/alibi/ckpt.pt", 20000), "flipped byte": flip_a_byte,
+        "list": damage(lambda c: [1, 2]), "code": damage(lambda c: Evil()),
+        **{f"no {key}": damage(lambda c, key=key: c.pop(key) and None)
+           for key in ("args", "model", "config", "words", "digest", "step", "log", "optimizer")},
+        "a weight less": damage(lambda c: c["model"].pop("ln_f.weight") is None),
+        "a weight more": damage(lambda c: c["model"].update(more=torch.ones(1))),
+        "a field more": damage(lambda c: c["config"].update(more=1)),
+        "another width": damage(lambda c: c["config"].update(n_embd=32)),
+        "unknown encoding": damage(lambda c: c["config"].update(pos="x")),
+        "huge vocabulary": damage(lambda c: c["config"].update(vocab_size=10 ** 9)),
+        "many layers": damage(lambda c: c["config"].update(n_layer=10 ** 6)),
+        "more words": damage(lambda c: c["words"].append("one more")),
+        "words are numbers": damage(lambda c: c.update(words=list(range(len(c["words"]))))),
+        "no unknown word": damage(lambda c: c["words"].remove("<unk>") or c["words"].append("x")),
+        "step is text": damage(lambda c: c.update(step="6")),
+        "log is text": damage(lambda c: c.update(log="6")),
+        "optimizer is empty": damage(lambda c: c["optimizer"].clear()),
+        "optimizer of another shape": damage(
+            lambda c: [state.update(exp_avg=torch.ones(3)) for state in c["optimizer"].values()] and None),
+        "empty args": damage(lambda c: c["args"].clear())}.items():
+    case("eval out/alibi", "out/alibi/ckpt.pt is no checkpoint of train.py", make, f"eval: {kind}")
+    case("train --resume", "out/alibi/ckpt.pt is no checkpoint of train.py", make, f"resume: {kind}")
+case("eval out/alibi", "no ckpt.pt in out/alibi", Path("out/alibi/ckpt.pt").unlink, "no checkpoint")
+case("eval out/alibi", "ckpt.pt", put_folder("out/alibi/ckpt.pt"), "checkpoint is a folder")
+case("train --resume", "--tokenizer word, but out/alibi/ckpt.pt has 7",
+     damage(lambda c: c["args"].update(tokenizer=7)), "tokenizer is 7")
+case("train --resume", "--seed 1337, but", damage(lambda c: c["args"].pop("seed") and None), "a flag less")
+case("eval out/alibi more", "no checkpoint of train.py", put("more", b"x"))
+
+# runs that are there already
+case("train", "out/alibi/ckpt.pt is there already: --resume goes on from it, --overwrite starts anew")
+case("train --pos none rotary", "out/rotary/ckpt.pt is there already")
+case("train --resume --max_iters 5", "--max_iters 5 is less than the 6 steps of")
+for flag in ("n_embd 32", "tokenizer byte", "seed 7", "learning_rate 0.1", "window 4", "grad_accum 2"):
+    case(f"train --resume --{flag}", f"--{flag}, but out/alibi/ckpt.pt")
+case("train --resume --pos none", "--pos none, but out/none/ckpt.pt has alibi",
+     lambda: shutil.copytree("out/alibi", "out/none"))
+case("train --resume --data other", "--data other is not the text of")
+case("train --resume", "--data corpus is not the text of", put(train_text, b"a b\n" * 99), "changed text")
+
+# what cannot be written
+case("train --out_dir corpus/train.txt", "cannot write corpus/train.txt/alibi/")
+case("train --out_dir corpus/train.txt --max_iters 99999 --eval_interval 99999", "cannot write")    # at once
+case("eval out/alibi --csv corpus/train.txt/table.csv", "cannot write corpus/train.txt/table.csv")
+case("eval out/alibi --csv corpus", "cannot write corpus")
+case("eval out/alibi --plot corpus/train.txt/figure.png", "cannot write corpus/train.txt/figure")
+case("eval out/alibi --plot figure.txt", "figure.txt")
+
+
+@pytest.mark.parametrize("command, phrase, make", CASES)
+def test_mistake(command, phrase, make, here, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    if "--plot" in command:
+        pytest.importorskip("matplotlib")
+    if make:
+        make()
+    alarm = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("still at it"))
+    signal.setitimer(signal.ITIMER_REAL, 20)
+    try:
+        refused(command, phrase)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
+    assert not Path("marker").exists(), "code from a checkpoint ran"
+
+
+def test_plot_without_matplotlib(here, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused("eval out/alibi --plot figure.png", "--plot needs matplotlib: pip install matplotlib")
+
+
+def test_nothing_is_made_for_a_mistake(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("train --data wikitext")
+    assert (code, out, err.count("\n")) == (2, "", 1) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", ("--overwrite", "--out_dir new", "--out_dir new --eval_interval 1"))
+def test_diverging(flags, here):
+    """No checkpoint and no log of it; what was there before stays."""
+    refused(f"train {flags} --learning_rate 1e9", "lower --learning_rate")
+    assert load("out/alibi")["step"] == 6
+    logs = [path.read_text() for path in Path().rglob("log.csv")]
+    assert len(logs) >= 3 and not any("nan" in log for log in logs)
 
 
 @pytest.mark.parametrize("command, when, phrase", (
-        ("train --overwrite", lambda model, T: model.training, "2 GiB. GPU 0 has ...: lower --batch_size"),
-        ("train --overwrite", lambda model, T: not model.training and T == 8, "memory"),
-        ("train --out_dir new", lambda model, T: T == 32, "memory"),
-        ("eval out/alibi", lambda model, T: True, "--batch_tokens")),
+    ("train --overwrite", lambda model, T: model.training, "2 GiB. GPU 0 has ...: lower --batch_size"),
+    ("train --overwrite", lambda model, T: not model.training and T == 8, "memory"),
+    ("train --out_dir new", lambda model, T: T == 32, "memory"),
+    ("eval out/alibi", lambda model, T: True, "--batch_tokens")),
     ids=("training", "validation", "closing table", "eval"))
-def test_out_of_memory(command, when, phrase, here, capsys, monkeypatch):
+def test_out_of_memory(command, when, phrase, here, monkeypatch):
     def forward(model, idx, targets):
         if when(model, idx.shape[1]):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
         return original(model, idx, targets)
-    original = train.GPT.forward
-    monkeypatch.setattr(train.GPT, "forward", forward)
-    check(capsys, command, phrase)
+    original = GPT.forward
+    monkeypatch.setattr(GPT, "forward", forward)
+    refused(command, phrase)
 
 
-@pytest.mark.parametrize("room", (0, 100, 9000, 53000))
+@pytest.mark.parametrize("room", (0, 100, 9000, 40000))
 def test_full_disk(room, here):
     """Files may have `room` bytes at most: in a child, for a limit that nothing else feels."""
     def child():
-        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-        code = call("train --resume --max_iters 8 --pos alibi")
-        text = sys.stderr.getvalue()
-        os._exit(code if text.count("\n") == 1 and "cannot write out/alibi" in text else 99)
+        code, _, err = call("train --resume --max_iters 8")
+        return code if err.count("\n") == 1 and "cannot write out/alibi" in err else 99
     before = contents("out/alibi")
-    assert before[Path("out/alibi/ckpt.pt")] and len(before[Path("out/alibi/ckpt.pt")]) > room
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join()
+    assert len(before[Path("out/alibi/ckpt.pt")]) > room
+    assert ends(fork(child)) == 2
     after = contents("out/alibi")
-    assert process.exitcode == 2 and before.keys() == after.keys()
+    assert before.keys() == after.keys()
     assert all(before[path] == after[path] for path in before if path.suffix == ".pt")
 
 
-# ---- kills and signals --------------------------------------------------------------------------------------------
-
-
-LONG = "--dropout 0.1 --grad_accum 2 --max_iters 40 --eval_interval 1 --lengths 8 "
-
-
-def start(command):
-    """The command in a process of its own, silent."""
-    def child():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        os._exit(call(command))
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    return process
-
-
 def test_kill(here):
-    """However often a run is killed, and wherever: after --resume it ends with the weights of one that never was."""
+    """However often a run is killed, and wherever: after --resume it ends like one that never was."""
+    flags = "train --dropout 0.1 --grad_accum 2 --max_iters 40 --eval_interval 1 --lengths 8 --data_dir"
     chance, kills, clock = random.Random(5), 0, time.perf_counter()
-    process = start(f"train {LONG} --out_dir whole --data_dir whole")
-    process.join()
+    assert ends(fork(lambda: call(f"{flags} whole --out_dir whole").code)) == 0
     took, wanted = time.perf_counter() - clock, results("whole/alibi")
-    assert process.exitcode == 0
     while True:
-        process = start(f"train {LONG} --out_dir part --data_dir part --resume")
+        process = fork(lambda: call(f"{flags} part --out_dir part --resume").code)
         process.join(chance.uniform(0, took) if kills < KILLS else None)
         process.kill()
         process.join()
         if process.exitcode == 0:
-            assert same_results(results("part/alibi"), wanted)
+            assert results("part/alibi") == wanted
             shutil.rmtree("part")
             if kills >= KILLS:
                 break
@@ -1044,136 +1368,91 @@ def test_kill(here):
             assert process.exitcode == -signal.SIGKILL
             kills += 1
             for path in Path("part").glob("alibi/*.pt"):
-                assert evaluation.load_checkpoint(path).step <= 40
+                assert evaluation.load_checkpoint(path)["step"] <= 40
 
 
-@pytest.mark.parametrize("number, code", ((signal.SIGTERM, 143), (signal.SIGINT, 130)))
-@pytest.mark.parametrize("every", (1, 3, 7))
-def test_signal(number, code, every, here, capsys, monkeypatch):
-    def get_batch(tokens, args, first, rows):
-        if first == 8 * 4:      # the first micro-batch of the ninth step
-            os.kill(os.getpid(), number)
-        return original(tokens, args, first, rows)
-    original, before = train.get_batch, signal.getsignal(number)
-    flags = f"{LONG} --max_iters 16 --eval_interval {every}"
-    assert call(f"train {flags} --out_dir whole") == 0
-    monkeypatch.setattr(train, "get_batch", get_batch)
-    capsys.readouterr()
-    assert call(f"train {flags} --out_dir part") == code
-    signal.signal(number, before)
-    monkeypatch.undo()
-    os.chdir(here)
-    out, err = capsys.readouterr()
-    last = "stopped after step 9: the same command with --resume goes on from part/alibi/ckpt.pt"
-    assert out.splitlines()[-1] == last and not err
-    assert evaluation.load_checkpoint("part/alibi").step == 9
-    assert call(f"train {flags} --out_dir part --resume") == 0
-    assert same_results(results("part/alibi"), results("whole/alibi"))
+def test_second_signal_stops_at_once(here, monkeypatch):
+    def twice(*args):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train, "get_batch", twice)
+    assert ends(fork(lambda: call("train --out_dir new").code)) == -signal.SIGTERM
+    assert not Path("new/alibi/ckpt.pt").exists()
 
 
-def test_stop_before_the_first_evaluation(here, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    original = train.get_batch
-    monkeypatch.setattr(train, "get_batch", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), original(*a))[1])
-    assert call("train --out_dir new") == 143
-    signal.signal(signal.SIGTERM, before)
-    assert call("train --out_dir new --resume --max_iters 1") in (0, 2)
+def test_stopped_before_the_first_evaluation(here, monkeypatch):
+    """It resumes, also where no step is left to do."""
+    get_batch = train.get_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "get_batch", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), get_batch(*a))[1])
+        assert call("train --out_dir new").code == 143
+    assert call("train --out_dir new --resume --max_iters 1").code in (0, 2)
+    works("train --out_dir new --resume --max_iters 2")
 
 
-# ---- the printed table --------------------------------------------------------------------------------------------
-
-
-def test_folder_called_nan(here, capsys):
-    assert call("train --out_dir finance") == 0 and "finance/alibi/ckpt.pt" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command, make", (
-        ("eval out/alibi --lengths 16 32", None), ("eval out/learned --lengths 16", None),
-        ("eval out/alibi --lengths 8 16", damage(lambda c: c["model"]["ln_f.weight"].fill_(math.nan) is None))),
-    ids=("trained length not measured", "no room in the table", "nan"))
-def test_holds(command, make, here, capsys):
-    if make:
-        make()
-    call(command)
-    assert not any(line.endswith("  holds") for line in capsys.readouterr().out.splitlines())
-
-
-def test_two_runs_of_one_encoding(here, capsys):
-    assert call("train --out_dir wide --n_embd 32") == 0
-    capsys.readouterr()
-    assert call("eval out/alibi wide/alibi") == 0
-    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("alibi")]) == 2
-
-
-# ---- random settings ----------------------------------------------------------------------------------------------
+def test_folder_called_nan(here):
+    works("train --out_dir finance")
+    assert "finance/alibi/ckpt.pt" in str(read_csv("finance/extrapolation.csv"))
 
 
 def draw(chance, pos):
-    """Flags of a small run, and the sizes of a corpus for it: all that a user may ask for."""
-    heads = chance.choice((1, 2, 3, 5))
+    """Flags of a small run: all that a user may ask for."""
+    heads, block = chance.choice((1, 2, 3, 5)), chance.choice((1, 2, 3, 7, 8, 13))
     even = 2 if pos in ("rotary", "xpos", "hwfa") else 1
-    block = chance.choice((1, 2, 3, 7, 8, 13))
-    flags = dict(pos=pos, block_size=block, n_head=heads, n_embd=heads * even * chance.randint(1, 6),
-                 n_layer=chance.randint(1, 3), batch_size=chance.randint(1, 5), grad_accum=chance.randint(1, 3),
-                 max_iters=chance.randint(1, 5), eval_interval=chance.randint(1, 4), warmup_iters=chance.randint(0, 9),
-                 window=chance.choice((0, 0, 1, 2, 5, 99)),
-                 random_positions=chance.choice((0, 0, block, 2 * block + 1)), dropout=chance.choice((0, 0.5)),
-                 attn_dropout=chance.choice((0, 0.5)), act_dropout=chance.choice((0, 0.5)),
-                 grad_clip=chance.choice((0, 1)), seed=chance.randrange(2 ** 31),
-                 tokenizer=chance.choice(("byte", "word")))
-    sizes = [chance.randint(block + 1, 300) for _ in range(3)]
-    return flags, sizes, chance.choice(("", " --logn"))
+    return dict(
+        pos=pos, block_size=block, n_head=heads, n_embd=heads * even * chance.randint(1, 6),
+        n_layer=chance.randint(1, 3), batch_size=chance.randint(1, 5), grad_accum=chance.randint(1, 3),
+        max_iters=chance.randint(1, 5), eval_interval=chance.randint(1, 4), warmup_iters=chance.randint(0, 9),
+        window=chance.choice((0, 0, 1, 2, 5, 99)), dropout=chance.choice((0, 0.5)),
+        random_positions=chance.choice((0, 0, block, 2 * block + 1)), attn_dropout=chance.choice((0, 0.5)),
+        act_dropout=chance.choice((0, 0.5)), grad_clip=chance.choice((0, 1)), seed=chance.randrange(2 ** 31),
+        tokenizer=chance.choice(("byte", "word")))
 
 
-def fuzz_corpus(folder, chance, sizes, tokenizer):
-    Path(folder).mkdir()
-    for split, size in zip(data.SPLITS, sizes):
-        if tokenizer == "byte":
-            text = chance.randbytes(size)
-        else:       # any character but a surrogate; new lines, so that there are as many words at least
-            text = "".join(chr(chance.choice((10, 32, chance.randrange(0xd800), chance.randrange(0xe000, 0x110000))))
-                           for _ in range(size)).encode() + b"\n" * size
-        Path(folder, f"{split}.txt").write_bytes(text)
+def any_text(chance, size, tokenizer):
+    if tokenizer == "byte":
+        return chance.randbytes(size)
+    # any character but a surrogate; new lines, so that there are as many words at least
+    ranges = (10, 32, chance.randrange(0xd800), chance.randrange(0xe000, 0x110000))
+    return "".join(chr(chance.choice(ranges)) for _ in range(size)).encode() + b"\n" * size
 
 
-def read_csv(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
+def fuzz(seed, pos):
+    """A run with random settings is made twice, resumed and tested: nothing fails, both end the same."""
+    chance, folder = random.Random(seed), f"fuzz{seed}"
+    flags = draw(chance, pos)
+    sizes = [chance.randint(flags["block_size"] + 1, 300) for _ in range(3)]
+    write_corpus(folder, *(any_text(chance, size, flags["tokenizer"]) for size in sizes))
+    command = " ".join(f"--{key} {value}" for key, value in flags.items()) + chance.choice(("", " --logn"))
+    command = f"train {command} --data {folder} --data_dir {folder} --out_dir"
+    more, split = flags["max_iters"] + chance.randint(0, 3), chance.choice(("valid", "test"))
+    targets = len(getattr(data.load(folder, flags["tokenizer"], folder), split)) - 1
+    lengths = [chance.randint(1, targets) for _ in range(3)]
+    test = f"--split {split} --batch_tokens {chance.randint(1, 500)} --lengths {' '.join(map(str, lengths))}"
+    test += chance.choice(("", f" --stride {chance.randint(1, min(lengths))}"))
+    extensions = [] if flags["random_positions"] else [n for n, (_, fit) in EXTENSIONS.items() if pos in fit]
+    test += " --extend " * bool(extensions) + " ".join(extensions)
+    outcomes = []
+    for out in (f"{folder}/a", f"{folder}/b"):
+        works(f"{command} {out}")
+        works(f"{command} {out} --resume --max_iters {more}")
+        works(f"eval {out}/{pos} --data_dir {folder} --csv {out}.csv {test}")
+        rows = [row for row in read_csv(f"{out}.csv") if row.pop("checkpoint")]
+        outcomes.append((*results(f"{out}/{pos}"), rows))
+    assert outcomes[0] == outcomes[1]
+    weights, log, rows = outcomes[0]
+    assert all(np.isfinite(np.frombuffer(p, np.float32)).all() for p in weights.values())
+    assert np.isfinite([[float(x) for x in line[1:]] for line in log[1:]]).all()
+    assert all(math.isfinite(float(row[key])) for row in rows for key in ("loss", "ppl"))
+    assert all(int(row["tokens"]) == targets for row in rows)
+    assert pos == "learned" or len(rows) == len(set(lengths)) * (1 + len(extensions))
+    shutil.rmtree(folder)
 
 
-def test_fuzz(here, capsys):
-    end, names, seed = time.perf_counter() + FUZZ_SECONDS, list(POSITIONS), 0
-    while time.perf_counter() < end or seed < len(names):
-        chance, pos = random.Random(seed), names[seed % len(names)]
-        flags, sizes, logn = draw(chance, pos)
-        command = "train " + " ".join(f"--{key} {value}" for key, value in flags.items()) + logn
-        fuzz_corpus(f"fuzz{seed}", chance, sizes, flags["tokenizer"])
-        command += f" --data fuzz{seed} --data_dir fuzz{seed}"
-        more = flags["max_iters"] + chance.randint(0, 3)
-        corpus = data.load(f"fuzz{seed}", flags["tokenizer"], f"fuzz{seed}")
-        split = chance.choice(("valid", "test"))
-        tokens = getattr(corpus, split)
-        lengths = [chance.randint(1, len(tokens) - 1) for _ in range(3)]
-        stride = chance.choice(("", f" --stride {chance.randint(1, min(lengths))}"))
-        extend = [name for name, (_, fits) in EXTENSIONS.items() if pos in fits and not flags["random_positions"]]
-        test = (f" --data_dir fuzz{seed} --split {split} --lengths {' '.join(map(str, lengths))}{stride} "
-                f"--batch_tokens {chance.randint(1, 500)}" + f" --extend {' '.join(extend)}" * bool(extend))
-        outcomes = []
-        for run in "ab":
-            for step in (f"{command} --out_dir {run}{seed}",
-                         f"{command} --out_dir {run}{seed} --resume --max_iters {more}",
-                         f"eval {run}{seed}/{pos} --csv {run}{seed}.csv{test}"):
-                assert call(step) == 0, (seed, step, capsys.readouterr().err)
-            rows = [row for row in read_csv(f"{run}{seed}.csv") if row.pop("checkpoint")]
-            outcomes.append((results(f"{run}{seed}/{pos}"), rows))
-        (one, rows), (other, rows_again) = outcomes
-        assert same_results(one, other) and rows == rows_again, (seed, command)
-        assert all(value.isfinite().all() for value in one[0].values()), (seed, command)
-        assert all(math.isfinite(float(row[key])) for row in rows for key in ("loss", "ppl")), (seed, command)
-        assert all(int(row["tokens"]) == len(tokens) - 1 for row in rows), (seed, command, test)
-        assert all(math.isfinite(float(loss)) for line in one[1][1:] for loss in line[1:]), (seed, command)
-        assert pos == "learned" or len(rows) == len(lengths) * (1 + len(extend))
-        capsys.readouterr()
-        for path in (f"a{seed}", f"b{seed}", f"fuzz{seed}"):
-            shutil.rmtree(path)
-        seed += 1
+@pytest.mark.parametrize("seed, pos", list(enumerate(POSITIONS)))
+def test_fuzz(seed, pos, here):
+    end = time.perf_counter() + FUZZ_SECONDS / len(POSITIONS)
+    fuzz(seed, pos)
+    while time.perf_counter() < end:
+        seed += len(POSITIONS)
+        fuzz(seed, pos)
