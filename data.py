@@ -42,20 +42,21 @@ def write_whole(path, write, mode="wb"):
     """Calls write(file) on a file beside, which then takes the place of `path`: never a half-written one.
 
     A pipe or a device is written to as it is. Raises UserError where it cannot be written."""
-    path, beside = Path(path), Path(f"{path}.{os.getpid()}.tmp")
+    path, target = Path(path), os.path.realpath(path)      # through links
+    beside = Path(f"{target}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path if path.exists() and not path.is_file() else beside, mode) as file:
             write(file)
         if beside.exists():
-            os.replace(beside, path)
+            os.replace(beside, target)
     except (OSError, RuntimeError, ValueError) as error:    # as torch or matplotlib have it
         reason = str(error).partition("\n")[0]
         raise UserError(f"cannot write {path} ({reason}): "
                         "make room, or name another file or folder") from error
     finally:
-        if path.parent.is_dir():
-            beside.unlink(missing_ok=True)
+        if beside.exists():
+            beside.unlink()
 
 
 def write_csv(path, header, rows):
@@ -197,5 +198,8 @@ def fetch(name, folder):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as beside, zipfile.ZipFile(io.BytesIO(content)) as members:
         members.extractall(beside)
-        if not folder.exists():         # no other process was faster
+        try:
             os.replace(Path(beside, name), folder)
+        except OSError:
+            if not folder.is_dir():     # else another process was faster
+                raise

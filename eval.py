@@ -1,11 +1,13 @@
-"""Loss and perplexity of trained checkpoints at many lengths: the table, the CSV, the figure.
+"""Loss and perplexity of trained checkpoints at many lengths: the table, the
+CSV, the figure.
 
     python eval.py out/quick --csv table.csv --plot figure.png
-    python eval.py out/quick/rotary --extend interpolate ntk --window 64 --stride 32 --by_position
+    python eval.py out/quick/rotary --extend interpolate ntk --by_position
+    python eval.py out/quick/rotary --window 64 --stride 32 --lengths 64 128
 
-Without --stride the text is cut into blocks; with it, windows of each length move on by that many tokens
-and score what no window before them has. Either way every target (each token but the first) counts once,
-at every length.
+Without --stride the text is cut into blocks; with it, windows of each length
+move on by that many tokens and score what no window before them has. Either
+way every target (each token but the first) counts once, at every length.
 """
 import argparse
 import csv
@@ -284,7 +286,8 @@ def get_args():
     add("--data", metavar="NAME", help="corpus or folder (what the checkpoint was trained on)")
     add("--split", choices=("valid", "test"), default="valid", help="which text (valid)")
     add("--stride", type=number(int, 1), metavar="N", help="sliding windows that move on by N tokens")
-    add("--extend", nargs="+", default=[], choices=EXTENSIONS, help="a further row for each")
+    add("--extend", nargs="+", default=[], choices=EXTENSIONS, metavar="NAME",
+        help=f"a further row for each of {', '.join(EXTENSIONS)}")
     add("--by_position", action="store_true", help="print loss against position in the window")
     add("--batch_tokens", type=number(int, 1), default=16384, metavar="N", help="tokens in a batch (16384)")
     add("--csv", metavar="FILE", help="write the table")

@@ -1,8 +1,9 @@
-"""Trains a GPT with each of the position encodings named, then tests it at lengths it never saw.
+"""Trains a GPT with each of the position encodings named, then tests it at
+lengths it never saw.
 
-    python train.py --preset quick --pos sinusoidal rotary t5 alibi    # a laptop, minutes, no network
-    python train.py --preset small --pos sinusoidal alibi              # WikiText-103 on one GPU
-    torchrun --nproc_per_node=2 train.py --preset paper --pos alibi    # data-parallel
+    python train.py --preset quick --pos sinusoidal rotary t5 alibi   # laptop
+    python train.py --preset small --pos sinusoidal alibi             # one GPU
+    torchrun --nproc_per_node=2 train.py --preset paper --pos alibi   # two
 """
 import argparse
 import functools
@@ -10,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -56,8 +58,9 @@ PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A1
 
 def get_args():
     """The flags, over the preset's defaults."""
-    encodings = "\n".join(f"  {name:11} {cls.__doc__.splitlines()[0]}" for name, cls in POSITIONS.items())
-    parser = Parser(description=__doc__, epilog="position encodings (--pos):\n" + encodings)
+    lines = [f"{name:11} {encoding.__doc__.splitlines()[0]}" for name, encoding in POSITIONS.items()]
+    lines = [textwrap.fill(line, 80, initial_indent="  ", subsequent_indent=" " * 14) for line in lines]
+    parser = Parser(description=__doc__, epilog="position encodings (--pos):\n" + "\n".join(lines))
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="values to start from (small)")
     asked = [arg for arg in sys.argv[1:] if arg not in ("-h", "--help")]
