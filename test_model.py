@@ -44,7 +44,7 @@ import train
 from model import EXTENSIONS, GPT, POSITIONS, GPTConfig, Mask, ModelError, Position, Vocabulary, attend
 
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
-KILLS, FUZZ_SECONDS = int(os.environ.get("KILLS", 3)), float(os.environ.get("FUZZ_SECONDS", 0))
+KILLS, FUZZ_SECONDS = int(os.environ.get("KILLS", 2)), float(os.environ.get("FUZZ_SECONDS", 0))
 torch.set_num_threads(1)        # some tests fork
 TINY = dict(vocab_size=11, block_size=16, n_layer=2, n_head=2, n_embd=16)
 
@@ -482,7 +482,7 @@ def test_compiled_and_fused(pos, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pos", ["none", "alibi", "fire", "hwfa"])
+@pytest.mark.parametrize("pos", ["none", "alibi", "fire"])
 def test_graphs_do_not_grow_with_the_text(pos):
     """Beyond the trained length slices are not unrolled into graphs; no length has one of its own."""
     model, seen = tiny_model(pos), []
@@ -1041,42 +1041,44 @@ def test_learning_rate():
     assert lrs[109] == pytest.approx(0.2, rel=0.01)
 
 
+def two_processes(command):
+    """The command in two processes, told of each other as by torchrun: both outputs, both first losses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def body(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        importlib.reload(train)
+        forward, losses = GPT.forward, []
+        GPT.forward = lambda *args: losses.append(forward(*args)) or losses[-1]
+        code, out, _ = call(command)
+        Path(f"output{rank}").write_text(out)
+        Path(f"loss{rank}").write_text(str(losses[0].tolist()))
+        return code
+
+    processes = [fork(body, rank) for rank in (0, 1)]
+    assert [ends(process) for process in processes] == [0, 0]
+    return [Path(name).read_text() for name in ("output0", "output1", "loss0", "loss1")]
+
+
 def test_two_processes_are_one(here):
-    """torchrun with gloo: same losses as one process with the same global batch, and one voice."""
+    """Same losses as one process with the same global batch, and one voice."""
     flags = "--grad_accum 2 --eval_interval 1"
     works(f"train {flags} --out_dir one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", train.__file__,
-               *BASE["train"].split(), *flags.split(), "--out_dir", "two"]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("step 6:") == 1
+    voice, silence, *_ = two_processes(f"train {flags} --out_dir two")
+    assert voice.count("step 6:") == 1 and silence == ""
     one, two = ([[float(row[key]) for key in ("step", "train_loss", "valid_loss", "lr")]
                  for row in read_csv(f"{folder}/alibi/log.csv")] for folder in ("one", "two"))
     assert np.array(one) == pytest.approx(np.array(two), rel=1e-4)
 
 
 @pytest.mark.parametrize("dropout", (0, 0.5))
-def test_two_processes_draw_apart(dropout, here, monkeypatch):
+def test_two_processes_draw_apart(dropout, here):
     """On a text that is the same everywhere only dropout can tell two processes' losses apart."""
     write_corpus("same", "a " * 404, "a " * 40, "a " * 40)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    forward = GPT.forward
-
-    def body(rank):
-        def noted(model, idx, targets):
-            loss = forward(model, idx, targets)
-            with open(f"losses{rank}", "a") as file:
-                print(loss.tolist(), file=file)
-            return loss
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        train.RANK, train.WORLD, GPT.forward = rank, 2, noted
-        return call(f"train --data same --out_dir new --max_iters 1 --lengths 8 --dropout {dropout}").code
-
-    processes = [fork(body, rank) for rank in (0, 1)]
-    assert [ends(process) for process in processes] == [0, 0]
-    one, two = (Path(f"losses{rank}").read_text().splitlines()[0] for rank in (0, 1))
+    flags = f"--data same --max_iters 1 --lengths 8 --dropout {dropout}"
+    *_, one, two = two_processes(f"train --out_dir new {flags}")
     assert (one == two) == (dropout == 0)
 
 
@@ -1089,7 +1091,8 @@ def test_commands_of_the_docstrings(program, flags, monkeypatch):
 
 @pytest.mark.parametrize("program", ("train", "eval"))
 def test_help(program, monkeypatch):
-    """Every option has a text, every encoding its line."""
+    """In 80 columns, each option with a text, each encoding with its formula."""
+    monkeypatch.setenv("COLUMNS", "80")
     options, add = [], argparse.ArgumentParser.add_argument
 
     def noted(self, *names, **more):
@@ -1098,14 +1101,9 @@ def test_help(program, monkeypatch):
 
     monkeypatch.setattr(argparse._ActionsContainer, "add_argument", noted)
     out = works(f"{program} --help")
+    assert max(map(len, out.splitlines())) <= 80
     assert len(options) > 12 and all(options)
     assert program == "eval" or all(re.search(rf"^  {pos} +\S", out, re.M) for pos in POSITIONS)
-
-
-@pytest.mark.parametrize("program", ("train", "eval"))
-def test_help_fits_80_columns(program, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert max(map(len, works(f"{program} --help").splitlines())) <= 80
 
 
 def test_the_papers_finding(tmp_path, monkeypatch):
@@ -1114,12 +1112,12 @@ def test_the_papers_finding(tmp_path, monkeypatch):
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = b"".join(path.read_bytes() for path in library)[:2 ** 20 + 12000]
     write_corpus("library", text[:2 ** 20], text[2 ** 20:], b"none")
-    works("train --data library --tokenizer byte --block_size 32 --batch_size 16 --n_layer 2 --n_head 4 "
-          "--n_embd 64 --max_iters 150 --warmup_iters 40 --learning_rate 4e-3 --eval_interval 150 "
+    works("train --data library --tokenizer byte --block_size 32 --batch_size 16 --n_head 4 --n_embd 64 "
+          "--max_iters 120 --warmup_iters 40 --learning_rate 4e-3 --eval_interval 120 "
           "--lengths 32 256 --pos sinusoidal rotary alibi")
     ppl = {(row["pos"], row["length"]): float(row["ppl"]) for row in read_csv("out/extrapolation.csv")}
     ratio = {pos: ppl[pos, "256"] / ppl[pos, "32"] for pos in ("sinusoidal", "rotary", "alibi")}
-    assert ratio["alibi"] < 1.05 < min(ratio["sinusoidal"], ratio["rotary"]), ratio
+    assert ratio["alibi"] < 1.04 < min(ratio["sinusoidal"], ratio["rotary"]), ratio
 
 
 # ---- accidents: one line and exit code 2, nothing lost ----------------------------------------------
