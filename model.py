@@ -288,6 +288,8 @@ class Mask:
         self.plain = not self.biased and self.window >= T           # causal attention is all there is
         self.blocks = causal_blocks(T, self.window, i.device) if fused and self.relative else None
         self.sliced = not self.plain and self.blocks is None
+        if not self.sliced:
+            return
 
         # All layers share the slices. Without a line they take memory: in evaluation each layer then
         # draws its own, of few queries.
