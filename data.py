@@ -8,8 +8,8 @@ A cache belongs to its source files (path, size, time) and this version of the t
 import csv
 import hashlib
 import io
-import json
 import os
+import shutil
 import sysconfig
 import urllib.request
 import zipfile
@@ -17,12 +17,12 @@ from collections import defaultdict, namedtuple
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-VERSION = 2     # of the tokenisers and the cache: raise it when what they write changes
+VERSION = 3     # of the tokenisers and the cache: raise it when what they write changes
 SPLITS = ("train", "valid", "test")
 # bytes and sha256 of NAME-v1.zip, from huggingface/datasets: datasets/wikitext/dataset_infos.json
 ZIPS = {"wikitext-103": (190229076, "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"),
@@ -30,7 +30,7 @@ ZIPS = {"wikitext-103": (190229076, "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f
 MIRROR = "https://wikitext.smerity.com/"    # it refuses urllib's own User-Agent; the original on S3 is gone
 TIMEOUT = 30                                # seconds of silence before a download is given up
 
-# words: the vocabulary by id, None for bytes; digest: what tells one training text from another
+# words: the vocabulary by id, empty for bytes; digest: what tells one training text from another
 Corpus = namedtuple("Corpus", [*SPLITS, "words", "digest"])
 
 
@@ -68,31 +68,21 @@ def load(name, tokenizer, data_dir):
     files = find_files(name, SPLITS, data_dir)
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in chain(*files.values())]
     key = hashlib.sha256(repr((VERSION, tokenizer, stats)).encode()).hexdigest()[:16]
-    cache = Path(data_dir, "cache", f"{Path(name).resolve().name}-{tokenizer}-{key}.npy")
-    if corpus := open_cache(cache):
-        return corpus
-    if tokenizer == "byte":
-        words, splits = None, [read_split(files[split], None) for split in SPLITS]
-    else:
-        words, splits = read_words(files)
+    cache = Path(data_dir, "cache", f"{Path(name).resolve().name}-{tokenizer}-{key}.pt")
+    try:
+        *splits, words, digest = torch.load(cache, mmap=True, weights_only=True)
+        return Corpus(*splits, words.split(), digest)
+    except Exception:       # there is none, or a damaged one
+        pass
+    words, train = ([], read_split(files["train"], [])) if tokenizer == "byte" else read_words(files["train"])
+    splits = [train, *(read_split(files[split], words) for split in SPLITS[1:])]
     if empty := [split for split, ids in zip(SPLITS, splits) if not len(ids)]:
         raise UserError(f"the {empty[0]} split of {name} is empty: every split needs text")
-    digest = hashlib.sha256("\n".join(words or []).encode() + splits[0].tobytes()).hexdigest()
-    meta = [len(ids) for ids in splits], words, digest
-    write_whole(cache, lambda file: np.save(file, np.concatenate(splits)))
-    write_whole(cache.with_suffix(".json"), lambda file: json.dump(meta, file), "w")    # last: it vouches
-    return open_cache(cache)
-
-
-def open_cache(path):
-    """The cached Corpus, memory-mapped, or None where there is no whole one."""
-    try:
-        counts, words, digest = json.loads(path.with_suffix(".json").read_text())
-        ids = np.load(path, mmap_mode="r")
-        if len(ids) == sum(counts) and ids.dtype == id_type(words):
-            return Corpus(*np.split(ids, np.cumsum(counts)[:2]), words, digest)
-    except (OSError, EOFError, ValueError, TypeError):
-        return None
+    digest = hashlib.sha256(train.numpy())
+    digest.update(" ".join(words).encode())
+    corpus = Corpus(*splits, words, digest.hexdigest())
+    write_whole(cache, lambda file: torch.save([*splits, " ".join(words), corpus.digest], file))
+    return corpus
 
 
 def load_split(name, split, words, data_dir):
@@ -103,49 +93,36 @@ def load_split(name, split, words, data_dir):
 # ---- tokenisers -----------------------------------------------------------------------------------
 
 
-def id_type(words):
-    """The smallest type that holds all ids."""
-    return np.dtype(np.uint8 if words is None else np.uint16 if len(words) <= 2 ** 16 else np.int32)
-
-
-def read_words(files):
-    """fairseq's reading of WikiText: split on white space, <eos> after each line, frequent words first.
-
-    Ties stand in order of appearance. {split: [path, ...]} -> the vocabulary, the ids of each split."""
+def read_words(paths):
+    """The words of a text, the most frequent first, ties in order of appearance; (T,) the text's ids."""
     ids = defaultdict()
     ids.default_factory = ids.__len__       # a new word gets the next id
-    train = np.fromiter(map(ids.__getitem__, chain.from_iterable(read_chunks(files["train"]))), np.int32)
-    ids["<unk>"]                            # has an id even where train has none
-    order = np.argsort(-np.bincount(train, minlength=len(ids)), kind="stable")
+    text = np.fromiter(map(ids.__getitem__, chain.from_iterable(read_lines(paths))), np.int32)
+    ids["<unk>"]                            # has an id even where the text has none
+    order = np.argsort(-np.bincount(text, minlength=len(ids)), kind="stable")
     words = np.array(list(ids), object)[order].tolist()
-    rank = np.argsort(order).astype(id_type(words))
-    return words, [rank[train], *(read_split(files[split], words) for split in SPLITS[1:])]
+    return words, torch.from_numpy(np.argsort(order).astype(np.int32)[text])
 
 
 def read_split(paths, words):
     """(T,) the ids of a text: bytes, or words of the vocabulary; a word that it lacks is <unk>."""
-    if words is None:
-        return np.frombuffer(b"".join(path.read_bytes() for path in paths), np.uint8)
+    if not words:
+        content = bytearray().join(path.read_bytes() for path in paths)
+        return torch.from_numpy(np.frombuffer(content, np.uint8))
     ids = {word: n for n, word in enumerate(words)}
-    unk, text = ids["<unk>"], chain.from_iterable(read_chunks(paths))
-    return np.fromiter((ids.get(word, unk) for word in text), id_type(words))
+    unk, text = ids["<unk>"], chain.from_iterable(read_lines(paths))
+    return torch.from_numpy(np.fromiter((ids.get(word, unk) for word in text), np.int32))
 
 
-def read_chunks(paths):
-    """Yields lists of words, a million characters of whole lines at a time. Raises UserError."""
+def read_lines(paths):
+    """Yields each line's words and <eos>: fairseq's reading of WikiText. Raises UserError."""
     for path in paths:
         try:
-            size = path.stat().st_size
-            with open(path, encoding="utf-8-sig", newline="\n") as file, progress(size, path.name) as bar:
-                while text := "".join(file.readlines(1 << 20)):
-                    bar.update(len(text))
-                    yield (text.removesuffix("\n") + "\n").replace("\n", " <eos> ").split()
+            with open(path, encoding="utf-8-sig", newline="\n") as file:
+                for line in tqdm(file, path.name, unit=" lines", leave=False, disable=None):
+                    yield line.split() + ["<eos>"]
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 ({error.reason}): try --tokenizer byte") from error
-
-
-def progress(total, label):
-    return tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None)
 
 
 # ---- where the text comes from: {split: [path, ...]} ----------------------------------------------
@@ -156,7 +133,7 @@ def find_files(name, splits, data_dir):
     if name == "stdlib":
         return stdlib_files()
     folder = Path(data_dir, name) if name in ZIPS else Path(name)
-    if name in ZIPS and not folder.exists():
+    if name in ZIPS and not all((folder / f"wiki.{split}.tokens").exists() for split in SPLITS):
         fetch(name, folder)
     if not folder.is_dir():
         raise UserError(f"no corpus '{name}': it is one of {', '.join(ZIPS)}, stdlib, or a folder")
@@ -177,29 +154,20 @@ def stdlib_files():
 
 
 def fetch(name, folder):
-    """The three files of the published zip, all or nothing; a zip put beside `folder` saves the download.
-
-    Raises UserError."""
-    archive, content = folder.with_name(f"{name}-v1.zip"), bytearray()
+    """Downloads, verifies and unpacks a zip; one put beside `folder` saves the download. Raises UserError."""
+    archive, content = folder.with_name(f"{name}-v1.zip"), io.BytesIO()
     source = archive.resolve().as_uri() if archive.exists() else MIRROR + archive.name
     request = urllib.request.Request(source, headers={"User-Agent": "Mozilla/5.0"})
     try:
         with (urllib.request.urlopen(request, timeout=TIMEOUT) as file,
-              progress(ZIPS[name][0], archive.name) as bar):
-            while block := file.read(1 << 20):
-                content += block
-                bar.update(len(block))
-        found = len(content), hashlib.sha256(content).hexdigest()
+              tqdm.wrapattr(file, "read", ZIPS[name][0], desc=archive.name, disable=None) as stream):
+            shutil.copyfileobj(stream, content)
+        found = len(content.getvalue()), hashlib.sha256(content.getvalue()).hexdigest()
         if found != ZIPS[name]:
             raise ValueError(f"size and sha256 are {found}, not {ZIPS[name]}")
     except (OSError, HTTPException, ValueError) as error:
         raise UserError(f"cannot take {name} from {source} ({error}): put the real {archive.name} into "
                         f"{folder.parent.resolve()}, or use --data stdlib") from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as beside, zipfile.ZipFile(io.BytesIO(content)) as members:
-        members.extractall(beside)
-        try:
-            os.replace(Path(beside, name), folder)
-        except OSError:
-            if not folder.is_dir():     # else another process was faster
-                raise
+    for split in SPLITS:
+        text = zipfile.ZipFile(content).read(f"{name}/wiki.{split}.tokens")
+        write_whole(folder / f"wiki.{split}.tokens", lambda file: file.write(text))

@@ -31,19 +31,16 @@ def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_toke
 
     Uses no randomness; the model stays in its mode. Raises ModelError beyond the encoding's length."""
     device, training, stride = next(model.parameters()).device, model.training, stride or length
-    model.eval()
-    starts = range(0, max(0, len(tokens) - 1 - length) + stride, stride)
-    size = max(1, batch_tokens // length)
+    targets, offsets = len(tokens) - 1, torch.arange(length + 1)
+    starts = torch.arange(0, max(0, targets - length) + stride, stride)
+    batches = starts.split(max(1, batch_tokens // length))
     sums = torch.zeros(2, length, dtype=torch.float64)
-    for n in tqdm(range(0, len(starts), size), f"{model.config.pos} at {length}", leave=False, disable=None):
-        batch = starts[n:n + size]
-        ids = torch.zeros(len(batch), length + 1, dtype=torch.long)         # zeros fill a short last window
-        counts = torch.zeros(len(batch), length, dtype=torch.bool)
-        for row, start in enumerate(batch):
-            window = torch.from_numpy(tokens[start:start + length + 1].astype(np.int64))
-            ids[row, :len(window)] = window
-            # the window before has scored all targets but the last `stride`
-            counts[row, length - stride if start else 0:len(window) - 1] = True
+    model.eval()
+    for start in tqdm(batches, f"{model.config.pos} at {length}", leave=False, disable=None):
+        place = start[:, None] + offsets                                # (B, T + 1)
+        ids = tokens[place.clamp(max=targets)].long()                   # the last token fills a short window
+        # the window before has scored all targets but the last `stride`
+        counts = (place[:, 1:] <= targets) & ((place[:, :1] == 0) | (offsets[1:] > length - stride))
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(ids[:, :-1].to(device), ids[:, 1:]).cpu().double()                 # (B, T)
         sums += torch.stack((loss.where(counts, 0), counts)).sum(1)
@@ -178,21 +175,18 @@ def load_checkpoint(path):
 
 def check_values(checkpoint):
     """Raises where a stranger's checkpoint holds what train.py does not save."""
-    kinds = dict(args=dict, digest=str, step=int, log=list, loss_sum=float, optimizer=dict)
-    if wrong := [key for key, kind in kinds.items() if not isinstance(checkpoint[key], kind)]:
-        raise TypeError(f"its {wrong[0]} is of another type")
+    kinds = dict(args=dict, words=list, digest=str, step=int, log=list, loss_sum=float, optimizer=dict)
+    words, data, step = checkpoint["words"], checkpoint["args"]["data"], checkpoint["step"]
     np.array(checkpoint["log"], float).reshape(-1, 5)
-    if checkpoint["step"] < 0:
-        raise ValueError("its step is negative")
-    words, data = checkpoint["words"], checkpoint["args"]["data"]
-    if not all(isinstance(text, str) for text in (data, *(words or []))):
-        raise TypeError("its words or data are no text")
-    if checkpoint["config"]["vocab_size"] != (256 if words is None else len({"<unk>", *words})):
-        raise ValueError("vocab_size is not the number of its words")
+    sound = [isinstance(checkpoint[key], kind) for key, kind in kinds.items()]
+    sound += [isinstance(text, str) for text in (data, *words)]
+    sound += [step >= 0, checkpoint["config"]["vocab_size"] == (len({"<unk>", *words}) if words else 256)]
     params = [p for group in build(checkpoint).parameter_groups(0.0) for p in group["params"]]
-    for p, state in zip(params, checkpoint["optimizer"].values(), strict=True):
-        if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape or state["step"].numel() != 1:
-            raise ValueError("an optimizer state of another shape")
+    for n, p in enumerate(params):
+        state = checkpoint["optimizer"][n]
+        sound += [p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape, state["step"].numel() == 1]
+    if not all(sound):
+        raise ValueError("its values are not what train.py saves")
 
 
 def build(checkpoint, **changes):

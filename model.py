@@ -294,9 +294,8 @@ class Mask:
         # All layers share the slices. Without a line they take memory: in evaluation each layer then
         # draws its own, of few queries.
         shared = self.relative or torch.is_grad_enabled()
-        self.rows = 128 if shared else max(1, min(128, 2 ** 18 // T))
+        self.rows = 128 if shared else max(1, 2 ** 18 // T)
         self.slices = [self.slice(start) for start in range(0, T, self.rows)] if shared else None
-        self.whole = self.slice(0).flip(-1) if T <= self.rows else None     # (H, T, T), keys first to last
 
     def bias(self, i, j):
         """In float32 under autocast too: bfloat16 has no distances beyond 256."""
@@ -328,12 +327,8 @@ def attend(q, k, v, mask, dropout=0.0):
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex()
         score_mod = mask.score_mod if mask.biased else None
         return flex(q, k, v, score_mod=score_mod, block_mask=mask.blocks, kernel_options=FLEX_OPTIONS)
-    # cuDNN's kernel misreads masks: pytorch/pytorch 191612, 196678
-    kernel = SDPBackend.EFFICIENT_ATTENTION if q.is_cuda else SDPBackend.FLASH_ATTENTION
-    with sdpa_kernel([kernel, SDPBackend.MATH]):
-        if mask.whole is not None:
-            return F.scaled_dot_product_attention(q, k, v, lay_out(mask.whole, q), dropout)
-        k, v, y = k.flip(2), v.flip(2), []              # the last key first, as in the mask
+    k, v, y = k.flip(2), v.flip(2), []              # the last key first, as in the mask
+    with sdpa_kernel(MASKED_KERNELS):
         for start in reversed(range(0, mask.T, mask.rows)):     # the longest first: the rest fits its memory
             rows = mask.slices[start // mask.rows] if mask.slices else mask.slice(start)
             queries = q[:, :, start:start + mask.rows]
@@ -350,6 +345,8 @@ def lay_out(mask, q):
     return F.pad(mask, (0, -keys % 8))[..., :keys] if q.is_cuda else mask
 
 
+# not cuDNN's, which misreads masks: pytorch/pytorch 191612, 196678
+MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 compiled_flex = functools.cache(lambda: torch.compile(flex_attention))      # not at import: it takes seconds
 # tiles that fit into the shared memory of an RTX 4090, an A100 and an H100
 FLEX_OPTIONS = {"fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 2, "bwd_num_stages": 2}
@@ -433,14 +430,10 @@ class Vocabulary(nn.Module):
 
     def loss(self, x, targets):
         """-log p of each target in nats: (N, C), (N,) on the CPU -> (N,)."""
-        # the head tells the common types and the bands apart
         head_targets = targets
         for n, (start, stop) in enumerate(self.bands):
             head_targets = torch.where((targets >= start) & (targets < stop), self.common + n, head_targets)
-        # on CUDA with padded rows: matrix products like multiples of 64
-        head = F.pad(self.head, (0, 0, 0, -len(self.head) % 64)) if x.is_cuda else self.head
-        logits = F.linear(x, head)[:, :len(self.head)]
-        loss = F.cross_entropy(logits, to_device(head_targets, x.device), reduction="none")
+        loss = self.head_loss(x, to_device(head_targets, x.device))
         # each band tells its own types apart, for the targets that lie in it
         for (start, stop), tail, projection in zip(self.bands, self.tails, self.projections):
             rows = ((targets >= start) & (targets < stop)).nonzero().squeeze(1)
@@ -449,6 +442,13 @@ class Vocabulary(nn.Module):
             logits = F.linear(F.linear(x[rows], projection), tail)
             loss = loss.index_add(0, rows, F.cross_entropy(logits, rare, reduction="none").to(loss.dtype))
         return loss
+
+    def head_loss(self, x, targets):
+        """The head tells the common types and the bands apart: (N, C), (N,) -> (N,)."""
+        # on CUDA with padded rows: matrix products like multiples of 64
+        head = F.pad(self.head, (0, 0, 0, -len(self.head) % 64)) if x.is_cuda else self.head
+        logits = F.linear(x, head)[:, :len(self.head)]
+        return F.cross_entropy(logits, targets, reduction="none")
 
 
 def to_device(x, device):

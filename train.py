@@ -13,7 +13,6 @@ import signal
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -103,27 +102,15 @@ def get_batch(tokens, args, first, rows):
     blocks = (len(tokens) - 1) // args.block_size
     picks = [block_order(blocks, args.seed, n // blocks)[n % blocks] for n in range(first, first + rows)]
     T = args.block_size
-    ids = torch.from_numpy(np.stack([tokens[n * T:n * T + T + 1] for n in picks]).astype(np.int64))
+    ids = torch.stack([tokens[n * T:n * T + T + 1] for n in picks]).long()
     return ids[:, :-1], ids[:, 1:]
 
 
-@contextmanager
-def stop_signals():
-    """A list that gets a signal's number: the step under way can end. A second signal ends all at once."""
-    stop = []
-
-    def note(signum, frame):
-        os.write(2, b"\nfinishing this step; once more stops at once\n")    # print may be under way itself
-        stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    before = {signum: signal.signal(signum, signal.SIG_IGN if RANK else note)
-              for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def note(stop, signum, frame):
+    """Handles a signal: the step under way can end, a second one ends all at once."""
+    os.write(2, b"\nfinishing this step; once more stops at once\n")        # print may be under way itself
+    stop.append(signum)
+    signal.signal(signum, signal.SIG_DFL)
 
 
 def find_checkpoint(path, config, args, digest):
@@ -164,6 +151,7 @@ def train(path, config, corpus, args, device, dtype):
     if args.compile:
         torch.compiler.reset()      # else the encodings share one small allowance of recompilations
         model.stack = torch.compile(model.stack, fullgraph=True)
+        model.wte.head_loss = torch.compile(model.wte.head_loss, fullgraph=True)
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
 
     def save():
@@ -183,55 +171,59 @@ def train(path, config, corpus, args, device, dtype):
         torch.cuda.reset_peak_memory_stats()
     speeds, seen, clock = [], step, time.perf_counter()
     bar = tqdm(total=args.max_iters, initial=step, desc=config.pos, disable=True if RANK else None)
-    with stop_signals() as stop:
-        while step < args.max_iters and not stop:
-            # all that is random in a step comes from here, so that a resumed run repeats it exactly
-            torch.manual_seed((((args.seed << 31) + step) * WORLD + RANK) % 2 ** 64)
-            lr = get_lr(step, args)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+    stop = []
+    handler = signal.SIG_IGN if RANK else functools.partial(note, stop)
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    while step < args.max_iters and not stop:
+        # all that is random in a step comes from here, so that a resumed run repeats it exactly
+        torch.manual_seed((((args.seed << 31) + step) * WORLD + RANK) % 2 ** 64)
+        lr = get_lr(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
-            # forward and backward; the gradients of micro-batches add up
-            for micro in range(args.grad_accum):
-                first = (step * args.grad_accum + micro) * args.batch_size + RANK * rows
-                x, y = get_batch(corpus.train, args, first, rows)
-                parallel.require_backward_grad_sync = micro == args.grad_accum - 1      # for DDP
-                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    loss = parallel(to_device(x, device), y).mean()
-                (loss / args.grad_accum).backward()
-                loss_sum += loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
+        # forward and backward; the gradients of micro-batches add up
+        for micro in range(args.grad_accum):
+            first = (step * args.grad_accum + micro) * args.batch_size + RANK * rows
+            x, y = get_batch(corpus.train, args, first, rows)
+            parallel.require_backward_grad_sync = micro == args.grad_accum - 1      # for DDP
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = parallel(to_device(x, device), y).mean()
+            (loss / args.grad_accum).backward()
+            loss_sum += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
 
-            # progress, now and then: a look at the loss makes the CPU wait for the GPU
-            due = step % args.eval_interval == 0 or step == args.max_iters
-            if due or stop or step % 10 == 0:
-                check_finite(loss.item(), "the loss")
-                check_finite(norm.item(), "the gradient's norm")
-                speeds.append((step - seen) * tokens_per_step / (time.perf_counter() - clock))
-                bar.update(step - bar.n)
-                bar.set_postfix_str(f"loss {loss.item():.3f}, {speeds[-1]:,.0f} tokens/s")
-                seen, clock = step, time.perf_counter()
+        # progress, now and then: a look at the loss makes the CPU wait for the GPU
+        due = step % args.eval_interval == 0 or step == args.max_iters
+        if due or stop or step % 10 == 0:
+            check_finite(loss.item(), "the loss")
+            check_finite(norm.item(), "the gradient's norm")
+            speeds.append((step - seen) * tokens_per_step / (time.perf_counter() - clock))
+            bar.update(step - bar.n)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {speeds[-1]:,.0f} tokens/s")
+            seen, clock = step, time.perf_counter()
 
-            # evaluate, save, print
-            if due:
-                micro_batches = args.grad_accum * (step - (log[-1][0] if log else 0))
-                mean = loss_sum / micro_batches / WORLD
-                loss_sum = torch.zeros_like(loss_sum)
-                if WORLD > 1:
-                    dist.all_reduce(mean)
-                total, count = evaluate(model, corpus.valid, config.block_size, dtype=dtype)
-                valid, speed = (total.sum() / count.sum()).item(), float(np.median(speeds[1:] or speeds))
-                check_finite(valid, "the validation loss")
-                log.append([step, mean.item(), valid, lr, speed])
-                if RANK == 0:
-                    save()
-                tqdm.write(f"{config.pos} step {step}: train loss {mean.item():.4f}, "
-                           f"validation loss {valid:.4f}, {speed:,.0f} tokens/s")
-                clock = time.perf_counter()
+        # evaluate, save, print
+        if due:
+            micro_batches = args.grad_accum * (step - (log[-1][0] if log else 0))
+            mean = loss_sum / micro_batches / WORLD
+            loss_sum = torch.zeros_like(loss_sum)
+            if WORLD > 1:
+                dist.all_reduce(mean)
+            total, count = evaluate(model, corpus.valid, config.block_size, dtype=dtype)
+            valid, speed = (total.sum() / count.sum()).item(), float(np.median(speeds[1:] or speeds))
+            check_finite(valid, "the validation loss")
+            log.append([step, mean.item(), valid, lr, speed])
+            if RANK == 0:
+                save()
+            tqdm.write(f"{config.pos} step {step}: train loss {mean.item():.4f}, "
+                       f"validation loss {valid:.4f}, {speed:,.0f} tokens/s")
+            clock = time.perf_counter()
     bar.close()
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
     if stop:
         save()
         print(f"stopped after step {step}: the same command with --resume goes on from {path}")
@@ -275,7 +267,7 @@ def main():
         raise UserError(f"--block_size {args.block_size}, but train has {len(corpus.train) - 1} targets")
     lengths = pick_lengths(args, args.block_size, corpus.valid)
     shape = {key: value for key, value in vars(args).items() if key in GPTConfig.__dataclass_fields__}
-    shape["vocab_size"] = len(corpus.words) if corpus.words else 256
+    shape["vocab_size"] = len(corpus.words) or 256
     jobs = []
     for pos in dict.fromkeys(args.pos):
         config, flags = GPTConfig(**shape | {"pos": pos}), argparse.Namespace(**vars(args) | {"pos": pos})
