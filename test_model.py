@@ -5,6 +5,7 @@ a published number, brute force, an uninterrupted run.
 """
 import argparse
 import csv
+import functools
 import hashlib
 import importlib.util
 import io
@@ -457,6 +458,14 @@ def test_tiles_are_those_of_torch(T):
             assert counts[0] == counts[1] and used[0] == used[1], (window, kind)
 
 
+def force_the_gpus_path(patch):
+    """All attention goes through the graph that a GPU compiles and FlexAttention, run op by op on the CPU."""
+    patch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    patch.setattr(model_file, "Mask", lambda pos, i, window, fused: Mask(pos, i, window, True))
+    patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_compiled_and_fused(pos, monkeypatch):
     """The graph that a GPU compiles, run op by op on the CPU: the gradients are those of the slices."""
@@ -470,10 +479,9 @@ def test_compiled_and_fused(pos, monkeypatch):
         return torch.autograd.grad(model(ids[:, :-1], ids[:, 1:]).mean(), parameters)
 
     slices = gradients()
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
-    monkeypatch.setattr(model_file, "Mask", lambda pos, i, window, fused: Mask(pos, i, window, True))
-    torch._dynamo.reset()
-    model.stack = torch.compile(model.stack, backend="aot_eager", fullgraph=True)
+    force_the_gpus_path(monkeypatch)
+    model.stack = torch.compile(model.stack, fullgraph=True)
+    model.wte.head_loss = torch.compile(model.wte.head_loss, fullgraph=True)
     try:
         for (name, _), a, b in zip(model.named_parameters(), gradients(), slices):
             torch.testing.assert_close(a, b, rtol=5e-3, atol=1e-5, msg=lambda text: f"{name}: {text}")
@@ -495,6 +503,19 @@ def test_graphs_do_not_grow_with_the_text(pos):
     torch._dynamo.reset()
     assert seen[-1][0] <= 2 and len(set(seen[1:])) == 1 and seen[0][1] == pytest.approx(seen[-1][1], rel=0.2)
     torch.testing.assert_close(long, whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_memory_grows_with_the_length_alone(pos):
+    """A (H, T, T) array in float32 would take 288 MB here."""
+    def child():
+        model, ids = tiny_model(pos, n_layer=1, block_size=6000), tokens(6000)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with torch.no_grad():
+            model(ids, ids)
+        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+        return min(255, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // unit // 4)
+    assert ends(fork(child)) < 200 // 4
 
 
 def test_alibi_in_bfloat16_is_as_exact_as_none():
@@ -1053,6 +1074,8 @@ def two_processes(command):
         importlib.reload(train)
         forward, losses = GPT.forward, []
         GPT.forward = lambda *args: losses.append(forward(*args)) or losses[-1]
+        if "--compile" in command:
+            force_the_gpus_path(pytest.MonkeyPatch())
         code, out, _ = call(command)
         Path(f"output{rank}").write_text(out)
         Path(f"loss{rank}").write_text(str(losses[0].tolist()))
@@ -1063,14 +1086,14 @@ def two_processes(command):
     return [Path(name).read_text() for name in ("output0", "output1", "loss0", "loss1")]
 
 
-def test_two_processes_are_one(here):
-    """Same losses as one process with the same global batch, and one voice."""
-    flags = "--grad_accum 2 --eval_interval 1"
-    works(f"train {flags} --out_dir one")
-    voice, silence, *_ = two_processes(f"train {flags} --out_dir two")
-    assert voice.count("step 6:") == 1 and silence == ""
+@pytest.mark.parametrize("flags", ("--grad_accum 2 --max_iters 6", "--pos t5 --max_iters 3 --lengths 8 --compile"))
+def test_two_processes_are_one(flags, here):
+    """Same losses as one process with the same global batch, and one voice; compiled ones as on a GPU."""
+    works(f"train {flags} --no-compile --eval_interval 1 --out_dir one")
+    voice, silence, *_ = two_processes(f"train {flags} --eval_interval 1 --out_dir two")
+    assert voice.count("step 3:") == 1 and silence == ""
     one, two = ([[float(row[key]) for key in ("step", "train_loss", "valid_loss", "lr")]
-                 for row in read_csv(f"{folder}/alibi/log.csv")] for folder in ("one", "two"))
+                 for row in read_csv(next(Path(folder).glob("*/log.csv")))] for folder in ("one", "two"))
     assert np.array(one) == pytest.approx(np.array(two), rel=1e-4)
 
 
@@ -1081,6 +1104,15 @@ def test_two_processes_draw_apart(dropout, here):
     flags = f"--data same --max_iters 1 --lengths 8 --dropout {dropout}"
     *_, one, two = two_processes(f"train --out_dir new {flags}")
     assert (one == two) == (dropout == 0)
+
+
+def test_compiler_fails(here, monkeypatch):
+    """As it does without a C++ compiler: one line that names --no-compile."""
+    def backend(graph, inputs):
+        raise RuntimeError("no C++ compiler found")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    refused("train --overwrite --compile", "--no-compile does without")
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("program, flags", re.findall(r"(train|eval)\.py (.*?)(?: +#.*)?$",
