@@ -296,6 +296,7 @@ class Mask:
         shared = self.relative or torch.is_grad_enabled()
         self.rows = 128 if shared else max(1, 2 ** 18 // T)
         self.slices = [self.slice(start) for start in range(0, T, self.rows)] if shared else None
+        self.whole = self.slice(0).flip(-1) if T <= self.rows else None     # (H, T, T), keys first to last
 
     def bias(self, i, j):
         """In float32 under autocast too: bfloat16 has no distances beyond 256."""
@@ -327,8 +328,10 @@ def attend(q, k, v, mask, dropout=0.0):
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex()
         score_mod = mask.score_mod if mask.biased else None
         return flex(q, k, v, score_mod=score_mod, block_mask=mask.blocks, kernel_options=FLEX_OPTIONS)
-    k, v, y = k.flip(2), v.flip(2), []              # the last key first, as in the mask
     with sdpa_kernel(MASKED_KERNELS):
+        if mask.whole is not None:
+            return F.scaled_dot_product_attention(q, k, v, lay_out(mask.whole, q), dropout)
+        k, v, y = k.flip(2), v.flip(2), []              # the last key first, as in the mask
         for start in reversed(range(0, mask.T, mask.rows)):     # the longest first: the rest fits its memory
             rows = mask.slices[start // mask.rows] if mask.slices else mask.slice(start)
             queries = q[:, :, start:start + mask.rows]

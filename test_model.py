@@ -531,6 +531,24 @@ def test_alibi_in_bfloat16_is_as_exact_as_none():
 
 
 @torch.no_grad()
+def test_masks_are_made_in_float32():
+    """Under autocast too, where FIRE's MLP would run in bfloat16; then they get the queries' dtype."""
+    pos, i = tiny_model("fire").pos, torch.arange(200.0)
+    exact = Mask(pos, i, 0, False).slice(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Mask(pos, i, 0, False).slice(0), exact)
+
+
+@pytest.mark.parametrize("keys", (1, 8, 100))
+def test_masks_as_gpu_kernels_want_them(keys):
+    """In the queries' dtype, each row contiguous and a multiple of 8 elements from the next."""
+    queries = argparse.Namespace(is_cuda=True, dtype=torch.bfloat16)        # stands for a tensor on a GPU
+    mask = torch.randn(2, 109).unfold(1, keys, 1)
+    laid = model_file.lay_out(mask, queries)
+    assert torch.equal(laid, mask[None].bfloat16()) and laid.stride(-1) == 1 and laid.stride(-2) % 8 == 0
+
+
+@torch.no_grad()
 def test_logn_is_rounded_once(monkeypatch):
     """In bfloat16 the product is rounded, not the factor as well."""
     seen, ids = [], tokens(200)
