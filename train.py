@@ -146,8 +146,8 @@ def train(path, config, corpus, args, device, dtype):
         step, log = checkpoint["step"], checkpoint["log"]
         loss_sum += checkpoint["loss_sum"]
         if (before := checkpoint["args"].get("max_iters")) != args.max_iters:
-            print(f"{config.pos}: --max_iters was {before}: the cosine is stretched, "
-                  f"the learning rate jumps to {get_lr(step, args):.2e}")
+            lr = get_lr(step, args)
+            print(f"{config.pos}: --max_iters was {before}, the learning rate jumps to {lr:.2e}")
     if args.compile:
         torch.compiler.reset()      # else the encodings share one small allowance of recompilations
         model.stack = torch.compile(model.stack, fullgraph=True)
@@ -219,14 +219,14 @@ def train(path, config, corpus, args, device, dtype):
             if RANK == 0:
                 save()
             tqdm.write(f"{config.pos} step {step}: train loss {mean.item():.4f}, "
-                       f"validation loss {valid:.4f}, {speed:,.0f} tokens/s")
+                       f"valid loss {valid:.4f}, {speed:,.0f} tokens/s")
             clock = time.perf_counter()
     bar.close()
     for signum, handler in before.items():
         signal.signal(signum, handler)
     if stop:
         save()
-        print(f"stopped after step {step}: the same command with --resume goes on from {path}")
+        print(f"stopped after step {step}: --resume goes on from {path}")
         sys.exit(128 + stop[0])
 
     _, _, valid, _, speed = log[-1] if log else [math.nan] * 5
