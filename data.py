@@ -41,12 +41,14 @@ class UserError(Exception):
 def write_whole(path, write, mode="wb"):
     """Calls write(file) on a file beside, which then takes the place of `path`: never a half-written one.
 
-    A pipe or a device is written to as it is. Raises UserError where it cannot be written."""
+    A pipe, a device or /dev/stdout is written to as it is. Raises UserError where it cannot be written."""
     path, target = Path(path), os.path.realpath(path)      # through links
     beside = Path(f"{target}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path if path.exists() and not path.is_file() else beside, mode) as file:
+        stdout = str(path) == "/dev/stdout"     # which may be a file: its own descriptor knows how far it is
+        there = 1 if stdout else path if path.exists() and not path.is_file() else beside
+        with open(there, mode, closefd=not stdout) as file:
             write(file)
         if beside.exists():
             os.replace(beside, target)
@@ -63,6 +65,14 @@ def write_csv(path, header, rows):
     write_whole(path, lambda file: csv.writer(file, lineterminator="\n").writerows([header, *rows]), "w")
 
 
+def load_whole(path, **options):
+    """What torch.save wrote: plain data, no code. Raises whatever a damaged file or a zip bomb leads to."""
+    with zipfile.ZipFile(path) as members:
+        if damaged := [info for info in members.infolist() if info.compress_type] or members.testzip():
+            raise ValueError(f"{damaged} in it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True, **options)
+
+
 def load(name, tokenizer, data_dir):
     """The Corpus called `name`, or in the folder `name`, tokenised once and cached. Raises UserError."""
     files = find_files(name, SPLITS, data_dir)
@@ -70,7 +80,7 @@ def load(name, tokenizer, data_dir):
     key = hashlib.sha256(repr((VERSION, tokenizer, stats)).encode()).hexdigest()[:16]
     cache = Path(data_dir, "cache", f"{Path(name).resolve().name}-{tokenizer}-{key}.pt")
     try:
-        *splits, words, digest = torch.load(cache, mmap=True, weights_only=True)
+        *splits, words, digest = load_whole(cache, mmap=True)
         return Corpus(*splits, words.split(), digest)
     except Exception:       # there is none, or a damaged one
         pass

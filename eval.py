@@ -14,14 +14,13 @@ import csv
 import importlib.util
 import math
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import UserError, load_split, write_csv, write_whole
+from data import UserError, load_split, load_whole, write_csv, write_whole
 from model import EXTENSIONS, GPT, GPTConfig, ModelError, fits
 
 
@@ -94,17 +93,26 @@ def verdict(run):
 
 
 def report(runs, unit, path, keep=False):
-    """Prints the table: a line for each run, a column for each length, and who extrapolates.
+    """Writes the CSV file `path`, if any, then prints the table, even where that failed."""
+    try:
+        if path:
+            write_rows(runs, path, keep)
+    finally:
+        print_table(runs, unit)
 
-    Before that writes it to the CSV file `path`, if any; with `keep` rows of other checkpoints stay there."""
+
+def write_rows(runs, path, keep):
+    """The CSV file of what was measured; with `keep` rows of other encodings stay in it."""
     header, rows = list(runs[0][0]), [row for run in runs for row in run if row["loss"] is not None]
-    if keep and Path(path).exists():
-        with open(path, errors="replace") as file:
+    if keep and Path(path).is_file():
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             lines = csv.DictReader(line.replace("\0", "") for line in file)
-            measured = {row["checkpoint"] for row in rows}
-            rows = [row for row in lines if row.get("checkpoint") not in measured] + rows
-    if path:
-        write_csv(path, header, [[row.get(key) for key in header] for row in rows])
+            rows = [row for row in lines if row.get("pos") not in {run[0]["pos"] for run in runs}] + rows
+    write_csv(path, header, [[row.get(key) for key in header] for row in rows])
+
+
+def print_table(runs, unit):
+    """A line for each run, a column for each length, and who extrapolates."""
     first, lengths = runs[0][0], sorted({row["length"] for run in runs for row in run})
     several = len({run[0]["data"] for run in runs}) > 1
     wide = max(len("encoding"), *(len(name(run[0], several)) for run in runs))
@@ -123,7 +131,8 @@ def report(runs, unit, path, keep=False):
 def plot(runs, path, unit):
     """Like the paper's Figure 1: perplexity against length, a line a run, the trained length marked."""
     import matplotlib.figure
-    figure, lengths = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained"), set()
+    gap = min(0.06, 1 / len(runs))      # between the lines' names, as a share of the height
+    figure, lengths = matplotlib.figure.Figure(figsize=(7, 0.24 / gap), layout="constrained"), set()
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in tokens",
                               ylabel=f"perplexity per {unit}")
     ends = []
@@ -136,12 +145,14 @@ def plot(runs, path, unit):
         ends.append((ppl[max(ppl)], name(run[0]), color))
     axes.set_xticks(sorted(lengths), sorted(lengths))
     axes.set_xticks([], minor=True)
-    axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    axes.yaxis.set(major_locator=matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)),
+                   major_formatter="{x:g}", minor_locator=matplotlib.ticker.NullLocator())
     axes.set_title("dashed: the trained length", loc="left", size="small", color="grey")
-    # the names beside the ends of their lines, from the lowest up, moved apart
-    height, (low, high) = -1.0, np.log(axes.get_ylim())
-    for ppl, label, color in sorted(ends, key=lambda end: end[0]):
-        height = max((math.log(ppl) - low) / (high - low), height + 0.06)
+    # the names beside the ends of their lines, from the lowest up, moved apart, none above the axes
+    height, (low, high), ends = -1.0, np.log(axes.get_ylim()), sorted(ends, key=lambda end: end[0])
+    for above, (ppl, label, color) in zip(reversed(range(len(ends))), ends):
+        height = max((math.log(ppl) - low) / (high - low), height + gap)
+        height = min(height, 1 - gap * above)
         axes.text(1.02, height, label, color=color, va="center", transform=axes.transAxes)
     write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
 
@@ -151,7 +162,7 @@ def plot(runs, path, unit):
 
 def find_checkpoints(path):
     """The file itself, or all ckpt.pt in a folder and below. Raises UserError."""
-    found = [path] if Path(path).is_file() else sorted(Path(path).rglob("ckpt.pt"))
+    found = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("ckpt.pt"))
     if not found:
         raise UserError(f"no ckpt.pt in {path}: name a checkpoint, a run's folder, or a folder of runs")
     return found
@@ -160,44 +171,49 @@ def find_checkpoints(path):
 def load_checkpoint(path):
     """What train.py saved, a dict. Runs no code from the file. Raises UserError."""
     try:
-        if damaged := zipfile.ZipFile(path).testzip():
-            raise ValueError(f"{damaged} in it is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        check_values(checkpoint)
+        checkpoint = load_whole(path)
+        checkpoint["model"] = dict(checkpoint["model"])     # else torch notes things in it for the next load
+        check_values(**checkpoint)
         return checkpoint
     except MemoryError:
         raise
     except Exception as error:      # whatever a damaged or foreign file does to the unpickler or the model
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(f"{path} is no checkpoint of train.py ({reason}): "
-                        "name a ckpt.pt or a run's folder") from error
+                        "name another, or train it anew with --overwrite") from error
 
 
-def check_values(checkpoint):
+def check_values(config, args, words, digest, step, log, loss_sum, model, optimizer):
     """Raises where a stranger's checkpoint holds what train.py does not save."""
-    kinds = dict(args=dict, words=list, digest=str, step=int, log=list, loss_sum=float, optimizer=dict)
-    words, data, step = checkpoint["words"], checkpoint["args"]["data"], checkpoint["step"]
-    np.array(checkpoint["log"], float).reshape(-1, 5)
-    sound = [isinstance(checkpoint[key], kind) for key, kind in kinds.items()]
-    sound += [isinstance(text, str) for text in (data, *words)]
-    sound += [step >= 0, checkpoint["config"]["vocab_size"] == (len({"<unk>", *words}) if words else 256)]
-    params = [p for group in build(checkpoint).parameter_groups(0.0) for p in group["params"]]
-    for n, p in enumerate(params):
-        state = checkpoint["optimizer"][n]
-        sound += [p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape, state["step"].numel() == 1]
-    if not all(sound):
+    def is_weight(x, shape):
+        kind = x.layout, x.dtype, x.device.type, x.shape, x.is_contiguous()
+        return kind == (torch.strided, torch.float32, "cpu", shape, True)
+
+    flags = [value for flag, value in args.items() if flag != "lengths"]
+    blocks, C = [p.numel() for key, p in model.items() if key.startswith("blocks.")], config["n_embd"]
+    if not (isinstance(words, list) and all(isinstance(text, str) for text in (args["data"], digest, *words))
+            and config["vocab_size"] == (len(set(words)) if words else 256)
+            and (not words or "<unk>" in words and len(words) == len(set(words)))
+            and all(isinstance(value, (str, int, float, type(None))) for value in flags)
+            and isinstance(log, list) and all(isinstance(row, list) and len(row) == 5 for row in log)
+            and all(isinstance(x, (int, float)) for row in log for x in row)
+            and isinstance(step, int) and step >= 0 and isinstance(loss_sum, float)
+            and all(is_weight(p, p.shape) for p in model.values())
+            and sum(blocks) == config["n_layer"] * (12 * C * C + 2 * C)):
         raise ValueError("its values are not what train.py saves")
+    model = build(config, model)
+    params = [p for group in model.parameter_groups(0.0) for p in group["params"]]
+    for n, p in enumerate(params):
+        shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+        if not all(is_weight(optimizer[n][key], shape) for key, shape in shapes.items()):
+            raise ValueError("its optimizer's state is not that of its model")
 
 
-def build(checkpoint, **changes):
+def build(config, weights, **changes):
     """The model in a checkpoint, with these fields of its config changed."""
-    layers = {key.split(".")[1] for key in checkpoint["model"] if key.startswith("blocks.")}
-    if len(layers) != checkpoint["config"]["n_layer"]:
-        raise ValueError(f"n_layer is not its {len(layers)} layers")
     with torch.device("meta"):      # no memory, no initial weights
-        model = GPT(GPTConfig(**checkpoint["config"] | changes))
-    # a plain dict: into an OrderedDict torch writes that it is to be assigned, for whoever loads it next
-    model.load_state_dict(dict(checkpoint["model"]), assign=True)
+        model = GPT(GPTConfig(**config | changes))
+    model.load_state_dict(weights, assign=True)
     return model
 
 
@@ -221,10 +237,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
         add = self.add_argument
         add("--data_dir", default="data", metavar="DIR", help="downloads and caches (data)")
-        add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(the best there is)")
+        add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to run on (the best)")
         add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(bfloat16 on cuda)")
-        add("--compile", action=argparse.BooleanOptionalAction, help="(on cuda) with torch.compile, Triton")
-        add("--lengths", type=number(int, 1), nargs="+", metavar="N", help="(1 to 16 x the trained one)")
+        add("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile, Triton (on cuda)")
+        add("--lengths", type=number(int, 1), nargs="+", metavar="N", help="tested (1 to 16 x trained one)")
         add("--window", type=number(int, 0), default=0, metavar="N", help="keys that a query sees (all)")
         add("--logn", action="store_true", help="queries times max(1, ln(place) / ln(trained length)) (off)")
 
@@ -249,7 +265,7 @@ def pick_lengths(args, block_size, tokens, stride=None):
     doubled = [block_size * 2 ** n for n in range(5)]
     lengths = sorted(set(args.lengths or [n for n in doubled if n < len(tokens)] or doubled[:1]))
     if max(lengths) >= len(tokens):
-        raise UserError(f"length {max(lengths)} is more than the {len(tokens) - 1} targets of the split")
+        raise UserError(f"length {max(lengths)} needs more than the {len(tokens)} tokens of the split")
     if stride and stride > min(lengths):
         raise UserError(f"--stride {stride} would skip targets at length {min(lengths)}: at most that")
     return lengths
@@ -267,7 +283,7 @@ def run(main):
             reason += ": lower --batch_size and raise --grad_accum, in eval.py lower --batch_tokens"
         elif any(kind.__module__ == "torch._dynamo.exc" for kind in type(error).__mro__):
             reason = f"cannot compile ({reason[:200]}): --no-compile does without"
-        elif not isinstance(error, (UserError, ModelError, OSError)):
+        elif not isinstance(error, (UserError, ModelError, OSError, csv.Error)):
             raise
         print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
         sys.exit(2)
@@ -298,10 +314,13 @@ def main():
 
     # all that can be wrong is found before the first measurement
     jobs, units = [], set()
-    for path in [path for given in args.checkpoints for path in find_checkpoints(given)]:
+    for path in dict.fromkeys(path for given in args.checkpoints for path in find_checkpoints(given)):
         checkpoint = load_checkpoint(path)
         data = args.data or checkpoint["args"]["data"]
-        tokens = load_split(data, args.split, checkpoint["words"], args.data_dir)
+        try:
+            tokens = load_split(data, args.split, checkpoint["words"], args.data_dir)
+        except UserError as error:
+            raise UserError(f"{error}; the text for {path} is --data's") from error
         lengths = pick_lengths(args, checkpoint["config"]["block_size"], tokens, args.stride)
         extensions = [name for name in args.extend if fits(GPTConfig(**checkpoint["config"]), name)]
         jobs.append((path, data, tokens, lengths, extensions))
@@ -317,7 +336,7 @@ def main():
     for path, data, tokens, lengths, extensions in jobs:
         checkpoint = load_checkpoint(path)
         for extension in ["", *extensions]:
-            model = build(checkpoint, **changes).to(device)
+            model = build(checkpoint["config"], checkpoint["model"], **changes).to(device)
             model.fuses = args.compile
             runs.append(measure(model, tokens, lengths, path, data, args.split, args.stride, extension,
                                 args.by_position, dtype=dtype, batch_tokens=args.batch_tokens))

@@ -718,7 +718,7 @@ HARM = dict(
     empty=lambda path: os.truncate(path, 0), text=lambda path: path.write_text("hello"), gone=Path.unlink,
     noise=lambda path: path.write_bytes(bytes(range(200, 240))), few=lambda path: torch.save([1, 2], path),
     fields=lambda path: torch.save({"a": 1, "b": 2}, path),
-    types=lambda path: torch.save([1, 2, 3, 4, 5], path))
+    flipped=lambda path: flip_a_byte(path), types=lambda path: torch.save([1, 2, 3, 4, 5], path))
 
 
 @pytest.mark.parametrize("harm", HARM)
@@ -947,12 +947,33 @@ def test_does_not_hold(command, here):
     assert "holds" not in works(command)
 
 
-def test_csv_into_a_pipe(here):
-    """A real process: the table goes where the CSV goes."""
-    flags = [*BASE["eval"].split(), "out/alibi", "--csv", "/dev/stdout"]
-    run = subprocess.run([sys.executable, evaluation.__file__, *flags], capture_output=True, text=True)
+@pytest.mark.parametrize("into", ("pipe", "file"))
+def test_csv_to_standard_output(into, here):
+    """A real process: the table goes where the CSV goes, and nothing that is there goes."""
+    with open("output", "w") as file:
+        file.write("before\n")
+        file.flush()
+        flags = [*BASE["eval"].split(), "out/alibi", "--csv", "/dev/stdout"]
+        out = file if into == "file" else subprocess.PIPE
+        command = [sys.executable, evaluation.__file__, *flags]
+        run = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+    text = Path("output").read_text() + (run.stdout or "")
     assert run.returncode == 0 and not run.stderr, run.stderr
-    assert "\nalibi,8,8,,valid,150," in "\n" + run.stdout and "perplexity per word" in run.stdout
+    assert text.startswith("before\npos,") and "\nalibi,8,8,,valid,150," in text
+    assert text.index("perplexity per word") > text.index("alibi,")
+
+
+def test_table_in_any_case(here):
+    """Even where its file cannot be written."""
+    Path("out/extrapolation.csv").unlink()
+    Path("out/extrapolation.csv").mkdir()
+    for command in ("train --pos none", "eval out/alibi --csv out/extrapolation.csv"):
+        code, out, err = call(command)
+        assert code == 2 and "perplexity per word" in out and "cannot write out/extrapolation.csv" in err
+
+
+def test_each_checkpoint_once(here):
+    assert len(re.findall("^alibi ", works("eval out out/alibi out/alibi/ckpt.pt"), re.M)) == 1
 
 
 def test_csv_through_a_link(here):
@@ -1027,6 +1048,20 @@ def test_stopped_and_resumed(flags, number, interval, here, monkeypatch, capfd):
         assert load(f"parts/{pos}")["step"] == step
     works(f"{command} parts --resume --eval_interval 1")
     assert results(f"parts/{pos}") == results(f"whole/{pos}")
+
+
+def test_stopped_without_standard_error(here, monkeypatch):
+    """As where Ctrl-C has ended `| tee` as well: the step is finished and saved all the same."""
+    get_lr = train.get_lr
+
+    def interrupt(step, args):
+        if step == 1:
+            os.close(2)
+            os.kill(os.getpid(), signal.SIGINT)
+        return get_lr(step, args)
+
+    monkeypatch.setattr(train, "get_lr", interrupt)
+    assert ends(fork(lambda: call("train --out_dir new").code)) == 130 and load("new/alibi")["step"] == 2
 
 
 def test_resume_knows_the_text(here):
@@ -1206,14 +1241,27 @@ def put_folder(path):
     return lambda: (Path(path).unlink(), Path(path).mkdir())
 
 
-def flip_a_byte():
-    """One of the largest weight's."""
-    path = Path("out/alibi/ckpt.pt")
+def flip_a_byte(path=Path("out/alibi/ckpt.pt")):
+    """One of the largest tensor's."""
     with zipfile.ZipFile(path) as archive:
         info = max(archive.infolist(), key=lambda info: info.file_size)
     content = bytearray(path.read_bytes())
     content[info.header_offset + 500] ^= 64
     path.write_bytes(content)
+
+
+def change_head(change):
+    return lambda c: c["model"].update({"wte.head": change(c["model"]["wte.head"])})
+
+
+def compress():
+    """As in a zip bomb."""
+    path = Path("out/alibi/ckpt.pt")
+    with zipfile.ZipFile(path) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member in members:
+            archive.writestr(*member)
 
 
 class Evil:
@@ -1277,10 +1325,10 @@ case("train", "corpus/valid.txt is not UTF-8 (invalid start byte): try --tokeniz
 case("train", "train.txt is not UTF-8", put(train_text, b"a b\n" * (3 << 18) + b"\xe4"), "not UTF-8 late")
 case("train", "is not UTF-8 (unexpected end of data)", put(train_text, "aä".encode()[:-1]), "cut UTF-8")
 case("train", "train has 4 targets", put(train_text, b"a b c d\n"), "train shorter than a block")
-case("train", "5 targets", put("corpus/valid.txt", b"a b c d e\n"), "valid shorter than a block")
-case("train --lengths 8 151", "length 151 is more than the 150 targets")
-case("eval out/alibi --lengths 8 151", "length 151 is more than the 150 targets")
-case("eval out/alibi", "targets", put("corpus/valid.txt", b""), "eval of an empty text")
+case("train", "length 8 needs more than the 6 tokens", put("corpus/valid.txt", b"a b c d e\n"), "short valid")
+case("train --lengths 8 151", "length 151 needs more than the 151 tokens")
+case("eval out/alibi --lengths 8 151", "length 151 needs more than the 151 tokens")
+case("eval out/alibi", "the 0 tokens", put("corpus/valid.txt", b""), "eval of an empty text")
 case("train --data wikitext-2", "wikitext-2", put("store/wikitext-2", b"x"))
 case("train --data_dir corpus/train.txt", "cannot write corpus/train.txt/cache")
 
@@ -1295,12 +1343,24 @@ for kind, make in {
         "a weight more": damage(lambda c: c["model"].update(more=torch.ones(1))),
         "a field more": damage(lambda c: c["config"].update(more=1)),
         "another width": damage(lambda c: c["config"].update(n_embd=32)),
+        "seed of another type": damage(lambda c: c["args"].update(seed=torch.ones(2))),
+        "a vast log": damage(lambda c: c.update(log=[torch.zeros(1).expand(5, 10 ** 8)])),
+        "a log of text": damage(lambda c: c.update(log=["abcde"])),
+        "one number for a weight": damage(change_head(lambda p: torch.ones(1).expand(p.shape))),
+        "sparse weight": damage(change_head(torch.Tensor.to_sparse)),
+        "half a weight": damage(change_head(torch.Tensor.half)),
+        "compressed": compress, "word twice": damage(lambda c: c["words"].__setitem__(0, c["words"][1])),
+        "layers without weights": damage(lambda c: c["config"].update(n_layer=9) or c["model"].update(
+            {f"blocks.{n}.ln_1.weight": torch.ones(16) for n in range(9)})),
+        "one number for a moment": damage(lambda c: c["optimizer"][0].update(
+            exp_avg=torch.ones(1).expand(c["optimizer"][0]["exp_avg"].shape))),
         "unknown encoding": damage(lambda c: c["config"].update(pos="x")),
         "huge vocabulary": damage(lambda c: c["config"].update(vocab_size=10 ** 9)),
         "many layers": damage(lambda c: c["config"].update(n_layer=10 ** 6)),
         "more words": damage(lambda c: c["words"].append("one more")),
         "words are numbers": damage(lambda c: c.update(words=list(range(len(c["words"]))))),
         "no unknown word": damage(lambda c: c["words"].remove("<unk>") or c["words"].append("x")),
+        "a word less": damage(lambda c: c["words"].remove("<unk>")),
         "step is text": damage(lambda c: c.update(step="6")),
         "log is text": damage(lambda c: c.update(log="6")),
         "optimizer is empty": damage(lambda c: c["optimizer"].clear()),
@@ -1314,6 +1374,7 @@ case("eval out/alibi", "ckpt.pt", put_folder("out/alibi/ckpt.pt"), "checkpoint i
 case("train --resume", "--tokenizer word, but out/alibi/ckpt.pt has 7",
      damage(lambda c: c["args"].update(tokenizer=7)), "tokenizer is 7")
 case("train --resume", "--seed 1337, but", damage(lambda c: c["args"].pop("seed") and None), "a flag less")
+case("eval out/alibi", "the text for out/alibi/ckpt.pt is --data's", lambda: os.rename("corpus", "x"))
 case("eval out/alibi more", "no checkpoint of train.py", put("more", b"x"))
 
 # runs that are there already

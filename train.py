@@ -13,6 +13,7 @@ import signal
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -67,10 +68,10 @@ def get_args():
     for flag, (*values, kind, text) in SETTINGS.items():
         add(f"--{flag}", type=kind, default=values[preset], metavar="X", help=f"{text} ({values[preset]})")
     add("--pos", nargs="+", choices=POSITIONS, default=["alibi"], metavar="NAME", help="listed below (alibi)")
-    add("--tokenizer", choices=("word", "byte"), help="(byte for stdlib, word for the rest)")
+    add("--tokenizer", choices=("word", "byte"), help="of the text (byte for stdlib, else word)")
     folder = f"out/{PRESETS[preset]}"
     add("--out_dir", default=folder, metavar="DIR", help=f"each run has a folder in it ({folder})")
-    add("--random_positions", type=whole, default=0, metavar="N", help="sorted random ones below N (off)")
+    add("--random_positions", type=whole, default=0, metavar="N", help="random, below N, in training (off)")
     add("--seed", type=number(int, 0, 2 ** 31), default=1337, help="of weights, batches and dropout (1337)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
@@ -108,9 +109,10 @@ def get_batch(tokens, args, first, rows):
 
 def note(stop, signum, frame):
     """Handles a signal: the step under way can end, a second one ends all at once."""
-    os.write(2, b"\nfinishing this step; once more stops at once\n")        # print may be under way itself
     stop.append(signum)
     signal.signal(signum, signal.SIG_DFL)
+    with suppress(OSError):     # as where the signal has ended `| tee` too; print may be under way itself
+        os.write(2, b"\nfinishing this step; once more stops at once\n")
 
 
 def find_checkpoint(path, config, args, digest):
@@ -285,8 +287,8 @@ def main():
         lines.append(summary(model, valid, speed, speeds[0]))
         runs.append(measure(model, corpus.valid, lengths, path, args.data, dtype=dtype))
     print("", *lines, "", sep="\n")
-    table = "" if RANK else Path(args.out_dir, "extrapolation.csv")
-    report(runs, "word" if corpus.words else "byte", table, keep=not RANK)
+    table = None if RANK else Path(args.out_dir, "extrapolation.csv")
+    report(runs, "word" if corpus.words else "byte", table, keep=True)
     if WORLD > 1:
         dist.destroy_process_group()
 
