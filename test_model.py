@@ -19,7 +19,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import sysconfig
 import time
@@ -28,7 +27,7 @@ from collections import namedtuple
 from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import RLock, Thread
 from unittest import mock
 
 import numpy as np
@@ -116,6 +115,7 @@ def fork(child, *args):
     """A process of its own, silent, that ends with what child(*args) returns."""
     def body():
         sys.stdout = sys.stderr = open(os.devnull, "w")
+        train.tqdm.set_lock(RLock())        # tqdm's own is shared between processes, also with killed ones
         os._exit(child(*args))
     process = multiprocessing.get_context("fork").Process(target=body)
     process.start()
@@ -516,6 +516,19 @@ def test_memory_grows_with_the_length_alone(pos):
         unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
         return min(255, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // unit // 4)
     assert ends(fork(child)) < 200 // 4
+
+
+@pytest.mark.parametrize("pos", ["none", "alibi", "fire"])
+def test_graphs_of_a_whole_run(pos, here, monkeypatch):
+    """Training, evaluation and the closing table: as many, however many steps and lengths there are."""
+    compile, counts = torch.compile, []
+    for flags in ("--max_iters 2 --lengths 8 16 32", "--max_iters 6 --lengths 8 9 16 24 32 64 128"):
+        graphs = CompileCounterWithBackend("eager")
+        monkeypatch.setattr(torch, "compile", functools.partial(compile, backend=graphs))
+        works(f"train --overwrite --compile --pos {pos} --out_dir new {flags}")
+        counts.append(graphs.frame_count)
+    torch._dynamo.reset()
+    assert counts[0] == counts[1] <= 6, counts
 
 
 def test_alibi_in_bfloat16_is_as_exact_as_none():
@@ -948,17 +961,22 @@ def test_does_not_hold(command, here):
 
 
 @pytest.mark.parametrize("into", ("pipe", "file"))
-def test_csv_to_standard_output(into, here):
-    """A real process: the table goes where the CSV goes, and nothing that is there goes."""
-    with open("output", "w") as file:
-        file.write("before\n")
-        file.flush()
-        flags = [*BASE["eval"].split(), "out/alibi", "--csv", "/dev/stdout"]
-        out = file if into == "file" else subprocess.PIPE
-        command = [sys.executable, evaluation.__file__, *flags]
-        run = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
-    text = Path("output").read_text() + (run.stdout or "")
-    assert run.returncode == 0 and not run.stderr, run.stderr
+def test_csv_to_standard_output(into, here, monkeypatch):
+    """The table goes where the CSV goes, and nothing that is there goes."""
+    def child():
+        os.dup2(target.fileno(), 1)
+        sys.stdout = open(1, "w", closefd=False)
+        evaluation.run(evaluation.main)
+        sys.stdout.flush()
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["eval.py", *BASE["eval"].split(), "out/alibi", "--csv", "/dev/stdout"])
+    source, target = map(open, os.pipe(), "rw") if into == "pipe" else (None, open("output", "w"))
+    target.write("before\n")
+    target.flush()
+    assert ends(fork(child)) == 0
+    target.close()
+    text = source.read() if source else Path("output").read_text()
     assert text.startswith("before\npos,") and "\nalibi,8,8,,valid,150," in text
     assert text.index("perplexity per word") > text.index("alibi,")
 
