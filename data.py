@@ -1,7 +1,7 @@
 """A corpus, by name or folder, as arrays of token ids: download, verify, tokenise, cache.
 
     corpus = load("wikitext-103", "word", "data")       # or "wikitext-2", "stdlib", or a folder
-    corpus.train, corpus.valid, corpus.test             # memory-mapped, one id a token
+    corpus.train, corpus.valid, corpus.test             # one id a token; from the cache memory-mapped
 
 A cache belongs to its source files (path, size, time) and this version of the tokenisers; others are rebuilt.
 """
@@ -14,6 +14,7 @@ import sysconfig
 import urllib.request
 import zipfile
 from collections import defaultdict, namedtuple
+from contextlib import suppress
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
@@ -46,9 +47,10 @@ def write_whole(path, write, mode="wb"):
     beside = Path(f"{target}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stdout = str(path) == "/dev/stdout"     # which may be a file: its own descriptor knows how far it is
-        there = 1 if stdout else path if path.exists() and not path.is_file() else beside
-        with open(there, mode, closefd=not stdout) as file:
+        # standard output may be a file: its own descriptor knows how far it is
+        stdout = str(path) in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+        opened = 1 if stdout else path if path.exists() and not path.is_file() else beside
+        with open(opened, mode, encoding=None if "b" in mode else "utf-8", closefd=not stdout) as file:
             write(file)
         if beside.exists():
             os.replace(beside, target)
@@ -57,7 +59,7 @@ def write_whole(path, write, mode="wb"):
         raise UserError(f"cannot write {path} ({reason}): "
                         "make room, or name another file or folder") from error
     finally:
-        if beside.exists():
+        with suppress(OSError):
             beside.unlink()
 
 
@@ -68,8 +70,8 @@ def write_csv(path, header, rows):
 def load_whole(path, **options):
     """What torch.save wrote: plain data, no code. Raises whatever a damaged file or a zip bomb leads to."""
     with zipfile.ZipFile(path) as members:
-        if damaged := [info for info in members.infolist() if info.compress_type] or members.testzip():
-            raise ValueError(f"{damaged} in it is damaged")
+        if any(info.compress_type for info in members.infolist()) or members.testzip():
+            raise ValueError("it is damaged, or compressed")
     return torch.load(path, map_location="cpu", weights_only=True, **options)
 
 
@@ -117,8 +119,7 @@ def read_words(paths):
 def read_split(paths, words):
     """(T,) the ids of a text: bytes, or words of the vocabulary; a word that it lacks is <unk>."""
     if not words:
-        content = bytearray().join(path.read_bytes() for path in paths)
-        return torch.from_numpy(np.frombuffer(content, np.uint8))
+        return torch.from_numpy(np.frombuffer(bytearray().join(map(Path.read_bytes, paths)), np.uint8))
     ids = {word: n for n, word in enumerate(words)}
     unk, text = ids["<unk>"], chain.from_iterable(read_lines(paths))
     return torch.from_numpy(np.fromiter((ids.get(word, unk) for word in text), np.int32))

@@ -151,8 +151,7 @@ def plot(runs, path, unit):
     # the names beside the ends of their lines, from the lowest up, moved apart, none above the axes
     height, (low, high), ends = -1.0, np.log(axes.get_ylim()), sorted(ends, key=lambda end: end[0])
     for above, (ppl, label, color) in zip(reversed(range(len(ends))), ends):
-        height = max((math.log(ppl) - low) / (high - low), height + gap)
-        height = min(height, 1 - gap * above)
+        height = min(max((math.log(ppl) - low) / (high - low), height + gap), 1 - gap * above)
         axes.text(1.02, height, label, color=color, va="center", transform=axes.transAxes)
     write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
 
@@ -320,9 +319,9 @@ def main():
         try:
             tokens = load_split(data, args.split, checkpoint["words"], args.data_dir)
         except UserError as error:
-            raise UserError(f"{error}; the text for {path} is --data's") from error
+            raise UserError(f"{error}; choose the text for {path} with --data") from error
         lengths = pick_lengths(args, checkpoint["config"]["block_size"], tokens, args.stride)
-        extensions = [name for name in args.extend if fits(GPTConfig(**checkpoint["config"]), name)]
+        extensions = [ext for ext in args.extend if fits(GPTConfig(**checkpoint["config"]), ext)]
         jobs.append((path, data, tokens, lengths, extensions))
         units.add("word" if checkpoint["words"] else "byte")
     if len(units) > 1:

@@ -27,7 +27,7 @@ class ModelError(ValueError):
 
 @dataclass
 class GPTConfig:
-    """Everything that shapes a model. Raises ModelError where a value is none or two do not fit together."""
+    """Everything that shapes a model. Raises ModelError for values that cannot be or do not fit together."""
     vocab_size: int = 256
     block_size: int = 64        # the trained length, in tokens
     n_layer: int = 3
@@ -295,8 +295,9 @@ class Mask:
         # draws its own, of few queries.
         shared = self.relative or torch.is_grad_enabled()
         self.rows = 128 if shared else max(1, 2 ** 18 // T)
-        self.slices = [self.slice(start) for start in range(0, T, self.rows)] if shared else None
         self.whole = self.slice(0).flip(-1) if T <= self.rows else None     # (H, T, T), keys first to last
+        several = shared and T > self.rows
+        self.slices = [self.slice(start) for start in range(0, T, self.rows)] if several else None
 
     def bias(self, i, j):
         """In float32 under autocast too: bfloat16 has no distances beyond 256."""
@@ -484,10 +485,9 @@ class GPT(nn.Module):
         # the masks are made here, outside of the compiled graph, where a trained bias would lose its gradient
         dropout = config.attn_dropout if self.training else 0.0
         fused = self.fuses and x.is_cuda and not dropout and config.n_embd // config.n_head >= 16
-        windows = {layer.window for layer in self.pos.layers}
-        masks = {window: Mask(self.pos, i, window, fused) for window in windows}
-        # a compiler unrolls slices, the more the longer: beyond the trained length it does not see them
-        unrolls = T > config.block_size and any(mask.sliced for mask in masks.values())
+        masks = {layer.window: Mask(self.pos, i, layer.window, fused) for layer in set(self.pos.layers)}
+        # a compiler unrolls slices, a graph for each length: it sees them at the trained length only
+        unrolls = T != config.block_size and any(mask.sliced for mask in masks.values())
         return GPT.stack(self, x, i, masks) if unrolls else self.stack(x, i, masks)
 
     def stack(self, x, i, masks):

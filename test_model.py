@@ -497,7 +497,7 @@ def test_graphs_do_not_grow_with_the_text(pos):
     torch._dynamo.reset()
     graphs, whole = CompileCounterWithBackend("eager"), model.trunk(tokens(700))
     model.stack = torch.compile(model.stack, backend=graphs, fullgraph=True)
-    for T in (16, 17, 40, 300, 700):
+    for T in (16, 8, 17, 40, 300, 700):
         long = model.trunk(tokens(700)[:, :T])
         seen.append((graphs.frame_count, graphs.op_count / graphs.frame_count))
     torch._dynamo.reset()
@@ -1103,6 +1103,15 @@ def test_more_steps(here):
     assert "jumps" not in works("train --resume --max_iters 9")
 
 
+def test_log_is_that_of_the_checkpoint(here):
+    """Also where a run was killed between the writing of the two."""
+    log = Path("out/alibi/log.csv")
+    before = log.read_text()
+    log.write_text("step\n")
+    works("train --resume")
+    assert log.read_text() == before
+
+
 def test_another_encoding_into_the_same_folder(here):
     def found():
         return [(row["pos"], row["length"]) for row in read_csv("out/extrapolation.csv")]
@@ -1392,7 +1401,7 @@ case("eval out/alibi", "ckpt.pt", put_folder("out/alibi/ckpt.pt"), "checkpoint i
 case("train --resume", "--tokenizer word, but out/alibi/ckpt.pt has 7",
      damage(lambda c: c["args"].update(tokenizer=7)), "tokenizer is 7")
 case("train --resume", "--seed 1337, but", damage(lambda c: c["args"].pop("seed") and None), "a flag less")
-case("eval out/alibi", "the text for out/alibi/ckpt.pt is --data's", lambda: os.rename("corpus", "x"))
+case("eval out/alibi", "choose the text for out/alibi/ckpt.pt with --data", lambda: os.rename("corpus", "x"))
 case("eval out/alibi more", "no checkpoint of train.py", put("more", b"x"))
 
 # runs that are there already

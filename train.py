@@ -29,7 +29,7 @@ from model import GPT, POSITIONS, GPTConfig, to_device
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 
-whole, positive, real, fraction = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 0.99)
+natural, positive, real, fraction = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 0.99)
 PRESETS = ("quick", "small", "paper")
 SETTINGS = {    # the value in each preset, its type and meaning; the paper trained with NAG, here it is AdamW
     "data": ("stdlib", "wikitext-103", "wikitext-103", str, "wikitext-103, wikitext-2, stdlib or a folder"),
@@ -44,7 +44,7 @@ SETTINGS = {    # the value in each preset, its type and meaning; the paper trai
     "attn_dropout": (0.0, 0.0, 0.1, fraction, "of attention weights"),
     "act_dropout": (0.0, 0.0, 0.1, fraction, "of the MLP's hidden layer"),
     "learning_rate": (2e-3, 6e-4, 5e-4, real, "at its peak; a cosine takes it to a tenth"),
-    "warmup_iters": (40, 1000, 16000, whole, "steps to the peak"),
+    "warmup_iters": (40, 1000, 16000, natural, "steps to the peak"),
     "weight_decay": (0.1, 0.1, 0.0, real, "of matrices"),
     "grad_clip": (1.0, 1.0, 0.1, real, "the gradient's norm at most; 0 is off"),
     "eval_interval": (200, 1000, 2000, positive, "steps from one evaluation and checkpoint to the next")}
@@ -71,7 +71,7 @@ def get_args():
     add("--tokenizer", choices=("word", "byte"), help="of the text (byte for stdlib, else word)")
     folder = f"out/{PRESETS[preset]}"
     add("--out_dir", default=folder, metavar="DIR", help=f"each run has a folder in it ({folder})")
-    add("--random_positions", type=whole, default=0, metavar="N", help="random, below N, in training (off)")
+    add("--random_positions", type=natural, default=0, metavar="N", help="random, below N, in training (off)")
     add("--seed", type=number(int, 0, 2 ** 31), default=1337, help="of weights, batches and dropout (1337)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
@@ -107,7 +107,7 @@ def get_batch(tokens, args, first, rows):
     return ids[:, :-1], ids[:, 1:]
 
 
-def note(stop, signum, frame):
+def on_signal(stop, signum, frame):
     """Handles a signal: the step under way can end, a second one ends all at once."""
     stop.append(signum)
     signal.signal(signum, signal.SIG_DFL)
@@ -115,7 +115,7 @@ def note(stop, signum, frame):
         os.write(2, b"\nfinishing this step; once more stops at once\n")
 
 
-def find_checkpoint(path, config, args, digest):
+def checkpoint_to_resume(path, config, args, digest):
     """The checkpoint to go on from, or None. Raises UserError where the flags contradict it."""
     if args.overwrite or not path.exists():
         return None
@@ -142,7 +142,7 @@ def train(path, config, corpus, args, device, dtype):
     model.fuses = args.compile
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
     step, log, loss_sum = 0, [], torch.zeros((), device=device)
-    if checkpoint := find_checkpoint(path, config, args, corpus.digest):
+    if checkpoint := checkpoint_to_resume(path, config, args, corpus.digest):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
         step, log = checkpoint["step"], checkpoint["log"]
@@ -160,8 +160,8 @@ def train(path, config, corpus, args, device, dtype):
         state = dict(config=vars(config), args=vars(args), words=corpus.words, digest=corpus.digest,
                      step=step, log=log, loss_sum=loss_sum.item(),
                      model=model.state_dict(), optimizer=optimizer.state_dict()["state"])
-        write_csv(path.with_name("log.csv"), LOG_HEADER, log)
         write_whole(path, lambda file: torch.save(state, file))
+        write_csv(path.with_name("log.csv"), LOG_HEADER, log)
 
     def check_finite(value, what):
         if not math.isfinite(value):
@@ -174,7 +174,7 @@ def train(path, config, corpus, args, device, dtype):
     speeds, seen, clock = [], step, time.perf_counter()
     bar = tqdm(total=args.max_iters, initial=step, desc=config.pos, disable=True if RANK else None)
     stop = []
-    handler = signal.SIG_IGN if RANK else functools.partial(note, stop)
+    handler = signal.SIG_IGN if RANK else functools.partial(on_signal, stop)
     before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
     while step < args.max_iters and not stop:
         # all that is random in a step comes from here, so that a resumed run repeats it exactly
@@ -227,7 +227,8 @@ def train(path, config, corpus, args, device, dtype):
     for signum, handler in before.items():
         signal.signal(signum, handler)
     if stop:
-        save()
+        if step:
+            save()
         print(f"stopped after step {step}: --resume goes on from {path}")
         sys.exit(128 + stop[0])
 
@@ -239,7 +240,7 @@ def summary(model, valid, speed, first_speed):
     """A finished run in a line. MFU: the share of GPT.flops_per_token in the chips' dense bfloat16 peak."""
     size = sum(p.numel() for p in model.parameters())
     line = f"{model.config.pos:11} {size:11,} {speed:9,.0f} {speed / first_speed:6.2f} {valid:10.4f}"
-    if not torch.cuda.is_available():
+    if not next(model.parameters()).is_cuda:
         return line + "      -        -"
     mfu = speed * model.flops_per_token() / PEAK_FLOPS.get(torch.cuda.get_device_name(), math.nan) / WORLD
     return line + f" {mfu:6.1%} {torch.cuda.max_memory_allocated() / 2 ** 20:8,.0f}"
@@ -274,9 +275,9 @@ def main():
     for pos in dict.fromkeys(args.pos):
         config, flags = GPTConfig(**shape | {"pos": pos}), argparse.Namespace(**vars(args) | {"pos": pos})
         path = Path(args.out_dir, pos, "ckpt.pt")
-        find_checkpoint(path, config, flags, corpus.digest)
-        if RANK == 0 and not path.parent.exists():
-            write_csv(path.with_name("log.csv"), LOG_HEADER, [])        # finds out whether it can be written
+        checkpoint = checkpoint_to_resume(path, config, flags, corpus.digest)
+        if RANK == 0 and not args.overwrite:        # also finds out whether it can be written
+            write_csv(path.with_name("log.csv"), LOG_HEADER, checkpoint["log"] if checkpoint else [])
         jobs.append((path, config, flags))
 
     runs, speeds = [], []
