@@ -6,6 +6,7 @@
 A cache belongs to its source files (path, size, time) and this version of the tokenisers; others are rebuilt.
 """
 import csv
+import functools
 import hashlib
 import io
 import os
@@ -156,6 +157,7 @@ def find_files(name, splits, data_dir):
     raise UserError(f"{folder} must hold wiki.{{{wanted}}}.tokens or {{{wanted}}}.txt")
 
 
+@functools.cache      # to walk through it takes a second
 def stdlib_files():
     """The running Python's own library: of each hundred files one is for validation, one for test."""
     root, skip = Path(sysconfig.get_path("stdlib")), {"site-packages", "dist-packages", "test", "tests"}

@@ -105,9 +105,10 @@ def write_rows(runs, path, keep):
     """The CSV file of what was measured; with `keep` rows of other encodings stay in it."""
     header, rows = list(runs[0][0]), [row for run in runs for row in run if row["loss"] is not None]
     if keep and Path(path).is_file():
+        measured = {run[0]["pos"] for run in runs}
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             lines = csv.DictReader(line.replace("\0", "") for line in file)
-            rows = [row for row in lines if row.get("pos") not in {run[0]["pos"] for run in runs}] + rows
+            rows = [row for row in lines if row.get("pos") not in measured] + rows
     write_csv(path, header, [[row.get(key) for key in header] for row in rows])
 
 
@@ -191,8 +192,8 @@ def check_values(config, args, words, digest, step, log, loss_sum, model, optimi
     flags = [value for flag, value in args.items() if flag != "lengths"]
     blocks, C = [p.numel() for key, p in model.items() if key.startswith("blocks.")], config["n_embd"]
     if not (isinstance(words, list) and all(isinstance(text, str) for text in (args["data"], digest, *words))
-            and config["vocab_size"] == (len(set(words)) if words else 256)
-            and (not words or "<unk>" in words and len(words) == len(set(words)))
+            and config["vocab_size"] == (len(words) or 256)
+            and (not words or len({"<unk>", *words}) == len(words))
             and all(isinstance(value, (str, int, float, type(None))) for value in flags)
             and isinstance(log, list) and all(isinstance(row, list) and len(row) == 5 for row in log)
             and all(isinstance(x, (int, float)) for row in log for x in row)

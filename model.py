@@ -281,11 +281,11 @@ class Mask:
         self.biased = type(pos).bias is not Position.bias
         drawn = pos.training and pos.config.random_positions       # positions at random are not evenly apart
         self.relative = not self.biased or pos.relative and not drawn
-        if self.relative:
+        self.plain = not self.biased and self.window >= T           # causal attention is all there is
+        if self.relative and not self.plain:
             bias = self.bias((i - i[0])[:, None], i.new_zeros(1, 1))[..., 0]                # (H, T)
             bias = bias.masked_fill(torch.arange(T, device=i.device) >= self.window, -math.inf)
             self.line = F.pad(bias, (T - 1, 0), value=-math.inf)
-        self.plain = not self.biased and self.window >= T           # causal attention is all there is
         self.blocks = causal_blocks(T, self.window, i.device) if fused and self.relative else None
         self.sliced = not self.plain and self.blocks is None
         if not self.sliced:

@@ -43,7 +43,7 @@ import model as model_file
 import train
 from model import EXTENSIONS, GPT, POSITIONS, GPTConfig, Mask, ModelError, Position, Vocabulary, attend
 
-HERE, CPU = Path(__file__).parent, torch.device("cpu")
+CPU = torch.device("cpu")
 KILLS, FUZZ_SECONDS = int(os.environ.get("KILLS", 2)), float(os.environ.get("FUZZ_SECONDS", 0))
 torch.set_num_threads(1)        # some tests fork
 TINY = dict(vocab_size=11, block_size=16, n_layer=2, n_head=2, n_embd=16)
