@@ -148,7 +148,10 @@ class XPos(Rotary):
 
 
 class T5(Position):
-    """score + t[bucket(i - j)]_h, 32 buckets, logarithmic from 16 to 128 (Raffel et al. 1910.10683)."""
+    """score + sqrt(D) t[bucket(i - j)]_h, 32 buckets, logarithmic from 16 to 128 (Raffel et al. 1910.10683).
+
+    T5 itself does not divide scores by sqrt(D). Where they are divided, KERPLE's code multiplies the table:
+    Adam, whose steps have one size, would else move it too little."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -158,7 +161,7 @@ class T5(Position):
         near = i - j
         far = 16 + 16 * torch.log(near.clamp(min=16) / 16) / math.log(128 / 16)
         bucket = torch.where(near < 16, near, far.clamp(max=31)).long()     # (rows, keys)
-        return self.table[bucket].movedim(-1, 0)
+        return self.table[bucket].movedim(-1, 0) * math.sqrt(self.config.n_embd / self.config.n_head)
 
 
 class ALiBi(Position):
@@ -182,8 +185,9 @@ class Kerple(Position):
         self.a = nn.Parameter(torch.rand(config.n_head))
 
     def bias(self, i, j):
-        p, a = (x.clamp(min=0.01)[:, None, None] for x in (self.p, self.a))
-        return -p * torch.log1p(a * (i - j))
+        for x in (self.p, self.a):
+            x.data.clamp_(min=0.01)         # as the authors: in the graph, a head below would never learn
+        return -self.p[:, None, None] * torch.log1p(self.a[:, None, None] * (i - j))
 
 
 class Sandwich(Position):

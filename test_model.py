@@ -213,7 +213,7 @@ NAIVE = {
     "sinusoidal": (lambda pos, q, k, h, i, j: dot(q, k),
                    lambda pos, i, n, C: (math.cos if n % 2 else math.sin)(i / 10000 ** (n // 2 * 2 / C))),
     "rotary": lambda pos, q, k, h, i, j: dot(turned(q, i), turned(k, j)),
-    "t5": lambda pos, q, k, h, i, j: dot(q, k) + pos.table[t5_bucket(i - j), h].item(),
+    "t5": lambda pos, q, k, h, i, j: dot(q, k) + math.sqrt(len(q)) * pos.table[t5_bucket(i - j), h].item(),
     "alibi": lambda pos, q, k, h, i, j: dot(q, k) - (i - j) * 2 ** (-8 * (h + 1) / pos.config.n_head),
     "kerple": lambda pos, q, k, h, i, j: dot(q, k) - pos.p[h].item() * math.log1p(pos.a[h].item() * (i - j)),
     "sandwich": lambda pos, q, k, h, i, j: dot(q, k) + pos.config.n_head / (8 * (h + 1)) * (
@@ -281,12 +281,22 @@ def test_published_slopes_and_buckets():
     assert slopes(n_head=8).tolist() == eight
     twelve = torch.tensor(eight + [2.0 ** -x for x in (0.5, 1.5, 2.5, 3.5)])
     torch.testing.assert_close(slopes(n_head=12, n_embd=24), twelve)
-    t5 = tiny_model("t5").pos
+    t5 = tiny_model("t5", n_embd=2).pos         # D = 1: the table as it is
     t5.table.data = torch.arange(32.0)[:, None].repeat(1, 2)
     found = t5.bias(torch.arange(300.0)[:, None], torch.zeros(1, 1))[0, :, 0].tolist()
     assert found == [t5_bucket(n) for n in range(300)]
     places = (0, 15, 16, 17, 20, 32, 64, 127, 128, 299)
     assert [found[n] for n in places] == [0, 15, 16, 16, 17, 21, 26, 31, 31, 31]
+
+
+def test_kerple_comes_back():
+    """The authors project the parameters: a head below 0.01 is put there, and goes on learning."""
+    pos = tiny_model("kerple").pos
+    pos.p.data[0] = -0.5
+    bias = pos.bias(torch.full((1, 1), 9.0), torch.zeros(1, 1))
+    assert bias[0].item() == pytest.approx(-0.01 * math.log1p(9 * pos.a[0].item()))
+    bias.sum().backward()
+    assert pos.p.grad.abs().min() > 0.1
 
 
 def test_hwfa_window_of_the_blog():

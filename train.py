@@ -34,9 +34,9 @@ PRESETS = ("quick", "small", "paper")
 SETTINGS = {    # the value in each preset, its type and meaning; the paper trained with NAG, here it is AdamW
     "data": ("stdlib", "wikitext-103", "wikitext-103", str, "wikitext-103, wikitext-2, stdlib or a folder"),
     "block_size": (64, 512, 512, positive, "the trained length, in tokens"),
-    "batch_size": (32, 64, 18, positive, "sequences in a micro-batch, over all processes"),
+    "batch_size": (8, 64, 18, positive, "sequences in a micro-batch, over all processes"),
     "grad_accum": (1, 1, 8, positive, "micro-batches in a step"),
-    "max_iters": (400, 30000, 286000, positive, "steps"),
+    "max_iters": (1000, 30000, 286000, positive, "steps"),
     "n_layer": (3, 12, 16, positive, "layers"),
     "n_head": (4, 12, 8, positive, "attention heads"),
     "n_embd": (128, 768, 1024, positive, "width"),
@@ -44,10 +44,10 @@ SETTINGS = {    # the value in each preset, its type and meaning; the paper trai
     "attn_dropout": (0.0, 0.0, 0.1, fraction, "of attention weights"),
     "act_dropout": (0.0, 0.0, 0.1, fraction, "of the MLP's hidden layer"),
     "learning_rate": (2e-3, 6e-4, 5e-4, real, "at its peak; a cosine takes it to a tenth"),
-    "warmup_iters": (40, 1000, 16000, natural, "steps to the peak"),
+    "warmup_iters": (100, 1000, 16000, natural, "steps to the peak"),
     "weight_decay": (0.1, 0.1, 0.0, real, "of matrices"),
     "grad_clip": (1.0, 1.0, 0.1, real, "the gradient's norm at most; 0 is off"),
-    "eval_interval": (200, 1000, 2000, positive, "steps from one evaluation and checkpoint to the next")}
+    "eval_interval": (500, 1000, 2000, positive, "steps from one evaluation and checkpoint to the next")}
 # a resumed run may change these flags; its corpus is compared by content
 MAY_CHANGE = ("preset data data_dir out_dir device dtype compile resume overwrite lengths max_iters "
               "eval_interval").split()
