@@ -24,6 +24,10 @@ from data import UserError, load_split, load_whole, write_csv, write_whole
 from model import EXTENSIONS, GPT, GPTConfig, ModelError, fits
 
 
+# flags of train.py that do not change what it learns; runs that agree in all others but the seed are one row
+INCIDENTAL = "preset data data_dir out_dir device dtype compile resume overwrite lengths eval_interval".split()
+
+
 @torch.no_grad()
 def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_tokens=16384):
     """(2, length): loss in nats summed and targets counted, by position in the window, over all of `tokens`.
@@ -82,6 +86,17 @@ def name(row, with_data=False):
     return " + ".join(filter(None, parts)) + (f" on {row['data']}" if with_data else "")
 
 
+def average(runs):
+    """Runs that differ in their seeds as one: ppl is their mean, std their standard deviation."""
+    rows = []
+    for same in zip(*runs):         # the rows of one length
+        ppl, several = [row["ppl"] for row in same], len(runs) > 1
+        known = None not in ppl
+        rows.append(same[0] | dict(ppl=np.mean(ppl) if known else None, runs=len(runs),
+                                   std=np.std(ppl, ddof=1) if known and several else None))
+    return rows
+
+
 def verdict(run):
     """holds, or from which length on it fails; nothing without the trained length and a longer one."""
     trained, ppl = run[0]["train_length"], {row["length"]: row["ppl"] for row in run}
@@ -92,13 +107,15 @@ def verdict(run):
     return f"fails from {fails[0]}" if fails else "holds"
 
 
-def report(runs, unit, path, keep=False):
-    """Writes the CSV file `path`, if any, then prints the table, even where that failed."""
+def report(groups, unit, path, keep=False):
+    """Writes the CSV file `path`, if any, then prints the table, even where that failed.
+
+    A group is a list of runs that differ in their seeds, a run a list of rows from measure."""
     try:
         if path:
-            write_rows(runs, path, keep)
+            write_rows(sum(groups, []), path, keep)
     finally:
-        print_table(runs, unit)
+        print_table([average(runs) for runs in groups], unit)
 
 
 def write_rows(runs, path, keep):
@@ -118,19 +135,24 @@ def print_table(runs, unit):
     several = len({run[0]["data"] for run in runs}) > 1
     wide = max(len("encoding"), *(len(name(run[0], several)) for run in runs))
     protocol = f"sliding by {first['stride']}" if first["stride"] else "non-overlapping"
+
+    def line(label, trained, run, key, end=""):
+        cells = {row["length"]: "-" if row[key] is None else f"{row[key]:.2f}" for row in run}
+        cells = {n: text if len(text) < 9 else f"{float(text):.2e}" for n, text in cells.items()}
+        print(f"{label:{wide}} {trained:>7}" + "".join(f"{cells.get(n, '-'):>9}" for n in lengths), end)
+
     print(f"perplexity per {unit}, {first['split']} split, {protocol}, by length in tokens")
     print(f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths))
     for run in runs:
-        cells = {row["length"]: f"{row['ppl']:.2f}" if row["ppl"] else "-" for row in run}
-        cells = {n: text if len(text) < 9 else f"{float(text):.2e}" for n, text in cells.items()}
-        print(f"{name(run[0], several):{wide}} {run[0]['train_length']:>7}"
-              + "".join(f"{cells.get(length, '-'):>9}" for length in lengths), f" {verdict(run)}")
+        line(name(run[0], several), run[0]["train_length"], run, "ppl", f" {verdict(run)}")
+        if run[0]["runs"] > 1:
+            line(f"± {run[0]['runs']} runs", "", run, "std")
     print("fails: more than 1% above the perplexity at the trained length,\n"
           "or - where the encoding's table of positions ends")
 
 
 def plot(runs, path, unit):
-    """Like the paper's Figure 1: perplexity against length, a line a run, the trained length marked."""
+    """Like the paper's Figure 1: perplexity against length, a line a run, one std above and below it."""
     import matplotlib.figure
     gap = min(0.06, 1 / len(runs))      # between the lines' names, as a share of the height
     figure, lengths = matplotlib.figure.Figure(figsize=(7, 0.24 / gap), layout="constrained"), set()
@@ -138,12 +160,14 @@ def plot(runs, path, unit):
                               ylabel=f"perplexity per {unit}")
     ends = []
     for run, color in zip(runs, matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))):
-        if not (ppl := {row["length"]: row["ppl"] for row in run if row["ppl"]}):
+        if not (known := [row for row in run if row["ppl"]]):
             continue
-        axes.plot(*zip(*sorted(ppl.items())), marker="o", color=color)
+        x, ppl, std = (np.array([row[key] for row in known], float) for key in ("length", "ppl", "std"))
+        axes.plot(x, ppl, marker="o", color=color)
+        axes.fill_between(x, ppl - std, ppl + std, color=color, alpha=0.2, linewidth=0)
         axes.axvline(run[0]["train_length"], color="grey", linestyle="--", zorder=0)
-        lengths.update(ppl)
-        ends.append((ppl[max(ppl)], name(run[0]), color))
+        lengths.update(row["length"] for row in known)
+        ends.append((ppl[-1], name(run[0]), color))
     axes.set_xticks(sorted(lengths), sorted(lengths))
     axes.set_xticks([], minor=True)
     axes.yaxis.set(major_locator=matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)),
@@ -332,17 +356,20 @@ def main():
                         "trained without random positions: none of the checkpoints is")
     [unit] = units
 
-    runs = []
+    groups = {}
     for path, data, tokens, lengths, extensions in jobs:
         checkpoint = load_checkpoint(path)
+        settings = [item for item in checkpoint["args"].items() if item[0] not in ("seed", *INCIDENTAL)]
         for extension in ["", *extensions]:
             model = build(checkpoint["config"], checkpoint["model"], **changes).to(device)
             model.fuses = args.compile
-            runs.append(measure(model, tokens, lengths, path, data, args.split, args.stride, extension,
-                                args.by_position, dtype=dtype, batch_tokens=args.batch_tokens))
-    report(runs, unit, args.csv)
+            run = measure(model, tokens, lengths, path, data, args.split, args.stride, extension,
+                          args.by_position, dtype=dtype, batch_tokens=args.batch_tokens)
+            key = repr((settings, checkpoint["digest"], checkpoint["step"], data, extension))
+            groups.setdefault(key, []).append(run)
+    report(list(groups.values()), unit, args.csv)
     if args.plot:
-        plot(runs, args.plot, unit)
+        plot([average(runs) for runs in groups.values()], args.plot, unit)
 
 
 if __name__ == "__main__":

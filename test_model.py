@@ -932,13 +932,26 @@ def test_a_folder_of_runs(here):
     assert len(re.findall("^alibi", works("eval out/alibi deep/er/alibi --data corpus"), re.M)) == 2
 
 
+def test_seeds_share_a_row(here):
+    """Runs that differ in seed and folder alone: mean and standard deviation, and a CSV row for each."""
+    for seed in (1, 2, 3):
+        works(f"train --seed {seed} --out_dir seeds/{seed} --eval_interval {seed}")
+    works("train --learning_rate 0.02 --out_dir seeds/4")
+    _, _, mean, std, other, *_ = works("eval seeds --lengths 8 16 --csv t.csv").splitlines()
+    ppl = [[float(r["ppl"]) for r in read_csv("t.csv") if r["length"] == n] for n in ("8", "16")]
+    assert mean.split()[:4] == ["alibi", "8", *(f"{sum(three) / 3:.2f}" for *three, _ in ppl)]
+    squares = [sum((x - sum(three) / 3) ** 2 for x in three) for *three, _ in ppl]
+    assert std.split() == ["±", "3", "runs", *(f"{math.sqrt(total / 2):.2f}" for total in squares)]
+    assert other.split()[:4] == ["alibi", "8", *(f"{one:.2f}" for *_, one in ppl)]
+
+
 @pytest.mark.parametrize("changes", [{}, dict(pos="none", window=123456, logn=1)])
 def test_columns(changes, capsys):
     """However large or missing a perplexity is, the table stays a table."""
     ppl = [1.25, 99999.99, 1234567.8, 98765432109.8, None]
     row = dict(pos="sandwich", train_length=8, stride=None, split="valid", tokens=1, loss=1.0, extend="",
                window=0, logn=0, random_positions=0, checkpoint="x", data="corpus") | changes
-    lines = [[row | dict(length=8 * 2 ** n, ppl=value) for n, value in enumerate(order)]
+    lines = [[[row | dict(length=8 * 2 ** n, ppl=value) for n, value in enumerate(order)]]
              for order in (ppl, ppl[::-1])]
     evaluation.report(lines, "word", "")
     _, head, *printed = capsys.readouterr().out.splitlines()

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import UserError, load, write_csv, write_whole
-from eval import Parser, evaluate, load_checkpoint, measure, number, pick_device, pick_lengths, report, run
+from eval import INCIDENTAL, Parser, evaluate, load_checkpoint, measure, number, pick_device, pick_lengths, report, run
 from model import GPT, POSITIONS, GPTConfig, to_device
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
@@ -48,9 +48,6 @@ SETTINGS = {    # the value in each preset, its type and meaning; the paper trai
     "weight_decay": (0.1, 0.1, 0.0, real, "of matrices"),
     "grad_clip": (1.0, 1.0, 0.1, real, "the gradient's norm at most; 0 is off"),
     "eval_interval": (500, 1000, 2000, positive, "steps from one evaluation and checkpoint to the next")}
-# a resumed run may change these flags; its corpus is compared by content
-MAY_CHANGE = ("preset data data_dir out_dir device dtype compile resume overwrite lengths max_iters "
-              "eval_interval").split()
 LOG_HEADER = ["step", "train_loss", "valid_loss", "lr", "tokens_per_s"]
 # dense bfloat16 FLOP/s by torch.cuda.get_device_name(), from NVIDIA's data sheets
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
@@ -124,7 +121,7 @@ def checkpoint_to_resume(path, config, args, digest):
     checkpoint = load_checkpoint(path)
     for flag, now in vars(args).items():
         then = checkpoint["args"].get(flag)
-        if flag not in MAY_CHANGE and now != then:
+        if now != then and flag not in (*INCIDENTAL, "max_iters"):
             raise UserError(f"--{flag} {now}, but {path} has {then}: name that, or another --out_dir")
     if checkpoint["digest"] != digest:
         raise UserError(f"--data {args.data} is not the text of {path}: name that, or another --out_dir")
@@ -280,16 +277,16 @@ def main():
             write_csv(path.with_name("log.csv"), LOG_HEADER, checkpoint["log"] if checkpoint else [])
         jobs.append((path, config, flags))
 
-    runs, speeds = [], []
+    groups, speeds = [], []
     lines = ["encoding     parameters  tokens/s  ratio valid loss    MFU  peak MB"]
     for path, config, flags in jobs:
         model, valid, speed = train(path, config, corpus, flags, device, dtype)
         speeds.append(speed)
         lines.append(summary(model, valid, speed, speeds[0]))
-        runs.append(measure(model, corpus.valid, lengths, path, args.data, dtype=dtype))
+        groups.append([measure(model, corpus.valid, lengths, path, args.data, dtype=dtype)])
     print("", *lines, "", sep="\n")
     table = None if RANK else Path(args.out_dir, "extrapolation.csv")
-    report(runs, "word" if corpus.words else "byte", table, keep=True)
+    report(groups, "word" if corpus.words else "byte", table, keep=True)
     if WORLD > 1:
         dist.destroy_process_group()
 
