@@ -19,6 +19,7 @@ import resource
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import sysconfig
 import time
@@ -672,6 +673,16 @@ def test_flops_are_counted_pair_by_pair(pos, window):
     assert model.flops_per_token() == pytest.approx(6 * weights + 12 * C * pairs / 16)
 
 
+def test_parameters_of_the_paper():
+    """fairseq's transformer_lm_wiki103 has 246,933,504; the README lists where this model differs."""
+    shape = dict(vocab_size=267735, block_size=512, n_layer=16, n_head=8, n_embd=1024, pos="sinusoidal")
+    with torch.device("meta"):
+        ours = sum(p.numel() for p in GPT(GPTConfig(**shape)).parameters())
+    biases = 16 * (3072 + 1024 + 4096 + 1024 + 2 * 1024)        # of four linear layers and two norms a block
+    first_band, dictionary, final_norm = 1024 ** 2, 9 * 64, 1024
+    assert ours + biases + first_band + dictionary - final_norm == 246_933_504
+
+
 # ---- data -------------------------------------------------------------------------------------------
 
 
@@ -1027,6 +1038,72 @@ def test_figure(here):
     pytest.importorskip("matplotlib")
     works("eval out --lengths 8 16 --plot figure --csv t.csv")
     assert Path("figure").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- the README's numbers ----------------------------------------------------------------------------
+
+PROJECT = Path(__file__).parent
+
+
+def measured(file):
+    """{(name, length): perplexities, one for each seed} of a CSV file in assets."""
+    found = {}
+    for row in read_csv(PROJECT / file):
+        flags = {key: int(row[key]) for key in ("window", "logn", "random_positions")}
+        found.setdefault((evaluation.name(row | flags), int(row["length"])), []).append(float(row["ppl"]))
+    return found
+
+
+def standard_error(x):
+    return statistics.stdev(x) / math.sqrt(len(x))
+
+
+README = (PROJECT / "README.md").read_text()
+
+
+def split_table(table):
+    """(head's cells, {a row's name: its other cells}) of a table in the README."""
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return head[1:], {name: cells for name, *cells in rows}
+
+
+@pytest.mark.parametrize("file, table", re.findall(
+    r"\((assets/\w+\.csv)\)[^|]*?\n\n(\| encoding \| \d.*\n(?:\|.*\n)+)", README))
+def test_tables_of_the_readme(file, table):
+    """Each cell is the mean in the CSV linked above; bold where it beats all others by two standard errors."""
+    found, (head, rows) = measured(file), split_table(table)
+    assert set(rows) == {name for name, _ in found}
+    for name, cells in rows.items():
+        for length, cell in zip(filter(None, head), cells):
+            seeds = found.get((name, int(length)))
+            number, *std = re.findall(r"\d+\.\d+", cell) or ["-"]
+            digits = len(number.partition(".")[2])
+            assert number == (f"{statistics.mean(seeds):.{digits}f}" if seeds else "-"), (name, length)
+            assert not std or float(std[0]) == round(statistics.stdev(seeds), len(std[0].partition(".")[2]))
+            others = [x for key, x in found.items() if key[1] == int(length) and key[0] != name]
+            best = seeds and min(map(len, [seeds, *others])) > 1 and all(
+                statistics.mean(x) - statistics.mean(seeds)
+                > 2 * math.hypot(standard_error(x), standard_error(seeds)) for x in others)
+            assert cell.startswith("**") == bool(best), (name, length)
+
+
+def test_ratios_of_the_readme():
+    """Perplexity by that at the trained length, in the paper and here."""
+    [table] = re.findall(r"\| encoding \| paper.*\n(?:\|.*\n)+", README)
+    head, rows = split_table(table)
+    assert list(rows) == ["sinusoidal", "rotary", "t5", "alibi"]
+    for name, cells in rows.items():
+        for column, cell in zip(head, cells):
+            where, long, short = re.fullmatch(r"(paper|here) (\d+) / (\d+)", column).groups()
+            ppl = measured({"paper": "assets/paper.csv", "here": "assets/bytes.csv"}[where])
+            long, short = (statistics.mean(ppl[name, int(length)]) for length in (long, short))
+            assert cell == f"{long / short:.2f}"
+
+
+def test_quick_table_of_the_readme():
+    for name, group in itertools.groupby(read_csv(PROJECT / "assets/quick.csv"), lambda row: row["pos"]):
+        cells = "".join(f"{float(row['ppl']):9.2f}" for row in group)
+        assert re.search(rf"^    {name} +64{cells}  (fails|holds)", README, re.M)
 
 
 # ---- training ---------------------------------------------------------------------------------------
