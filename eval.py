@@ -24,10 +24,6 @@ from data import UserError, load_split, load_whole, write_csv, write_whole
 from model import EXTENSIONS, GPT, GPTConfig, ModelError, fits
 
 
-# flags of train.py that do not change what it learns; runs that agree in all others but the seed are one row
-INCIDENTAL = "preset data data_dir out_dir device dtype compile resume overwrite lengths eval_interval".split()
-
-
 @torch.no_grad()
 def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_tokens=16384):
     """(2, length): loss in nats summed and targets counted, by position in the window, over all of `tokens`.
@@ -313,6 +309,10 @@ def run(main):
         sys.exit(2)
 
 
+# runs that agree in these flags, the model and the text differ in their seeds, and are one row
+RECIPE = "batch_size grad_accum max_iters learning_rate warmup_iters weight_decay grad_clip".split()
+
+
 def get_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -359,13 +359,13 @@ def main():
     groups = {}
     for path, data, tokens, lengths, extensions in jobs:
         checkpoint = load_checkpoint(path)
-        settings = [item for item in checkpoint["args"].items() if item[0] not in ("seed", *INCIDENTAL)]
+        recipe = checkpoint["config"], [checkpoint["args"].get(flag) for flag in RECIPE], checkpoint["step"]
         for extension in ["", *extensions]:
             model = build(checkpoint["config"], checkpoint["model"], **changes).to(device)
             model.fuses = args.compile
             run = measure(model, tokens, lengths, path, data, args.split, args.stride, extension,
                           args.by_position, dtype=dtype, batch_tokens=args.batch_tokens)
-            key = repr((settings, checkpoint["digest"], checkpoint["step"], data, extension))
+            key = repr((recipe, checkpoint["digest"], data, extension))
             groups.setdefault(key, []).append(run)
     report(list(groups.values()), unit, args.csv)
     if args.plot:

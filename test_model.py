@@ -1070,7 +1070,7 @@ def split_table(table):
 @pytest.mark.parametrize("file, table", re.findall(
     r"\((assets/\w+\.csv)\)[^|]*?\n\n(\| encoding \| \d.*\n(?:\|.*\n)+)", README))
 def test_tables_of_the_readme(file, table):
-    """Each cell is the mean in the CSV linked above; bold where it beats all others by two standard errors."""
+    """Each cell is the mean in the CSV above; bold where it beats all others by two standard errors."""
     found, (head, rows) = measured(file), split_table(table)
     assert set(rows) == {name for name, _ in found}
     for name, cells in rows.items():

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import UserError, load, write_csv, write_whole
-from eval import INCIDENTAL, Parser, evaluate, load_checkpoint, measure, number, pick_device, pick_lengths, report, run
+from eval import Parser, evaluate, load_checkpoint, measure, number, pick_device, pick_lengths, report, run
 from model import GPT, POSITIONS, GPTConfig, to_device
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
@@ -48,6 +48,9 @@ SETTINGS = {    # the value in each preset, its type and meaning; the paper trai
     "weight_decay": (0.1, 0.1, 0.0, real, "of matrices"),
     "grad_clip": (1.0, 1.0, 0.1, real, "the gradient's norm at most; 0 is off"),
     "eval_interval": (500, 1000, 2000, positive, "steps from one evaluation and checkpoint to the next")}
+# a resumed run may change these flags; its corpus is compared by content
+MAY_CHANGE = ("preset data data_dir out_dir device dtype compile resume overwrite lengths max_iters "
+              "eval_interval").split()
 LOG_HEADER = ["step", "train_loss", "valid_loss", "lr", "tokens_per_s"]
 # dense bfloat16 FLOP/s by torch.cuda.get_device_name(), from NVIDIA's data sheets
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
@@ -121,7 +124,7 @@ def checkpoint_to_resume(path, config, args, digest):
     checkpoint = load_checkpoint(path)
     for flag, now in vars(args).items():
         then = checkpoint["args"].get(flag)
-        if now != then and flag not in (*INCIDENTAL, "max_iters"):
+        if flag not in MAY_CHANGE and now != then:
             raise UserError(f"--{flag} {now}, but {path} has {then}: name that, or another --out_dir")
     if checkpoint["digest"] != digest:
         raise UserError(f"--data {args.data} is not the text of {path}: name that, or another --out_dir")
