@@ -14,7 +14,7 @@ import shutil
 import sysconfig
 import urllib.request
 import zipfile
-from collections import defaultdict, namedtuple
+from collections import Counter, namedtuple
 from contextlib import suppress
 from http.client import HTTPException
 from itertools import chain
@@ -87,11 +87,11 @@ def load(name, tokenizer, data_dir):
         return Corpus(*splits, words.split(), digest)
     except Exception:       # there is none, or a damaged one
         pass
-    words, train = ([], read_split(files["train"], [])) if tokenizer == "byte" else read_words(files["train"])
-    splits = [train, *(read_split(files[split], words) for split in SPLITS[1:])]
+    words = [] if tokenizer == "byte" else read_words(files["train"])
+    splits = [read_split(files[split], words) for split in SPLITS]
     if empty := [split for split, ids in zip(SPLITS, splits) if not len(ids)]:
         raise UserError(f"the {empty[0]} split of {name} is empty: every split needs text")
-    digest = hashlib.sha256(train.numpy())
+    digest = hashlib.sha256(splits[0].numpy())
     digest.update(" ".join(words).encode())
     corpus = Corpus(*splits, words, digest.hexdigest())
     write_whole(cache, lambda file: torch.save([*splits, " ".join(words), corpus.digest], file))
@@ -107,14 +107,10 @@ def load_split(name, split, words, data_dir):
 
 
 def read_words(paths):
-    """The words of a text, the most frequent first, ties in order of appearance; (T,) the text's ids."""
-    ids = defaultdict()
-    ids.default_factory = ids.__len__       # a new word gets the next id
-    text = np.fromiter(map(ids.__getitem__, chain.from_iterable(read_lines(paths))), np.int32)
-    ids["<unk>"]                            # has an id even where the text has none
-    order = np.argsort(-np.bincount(text, minlength=len(ids)), kind="stable")
-    words = np.array(list(ids), object)[order].tolist()
-    return words, torch.from_numpy(np.argsort(order).astype(np.int32)[text])
+    """The words of a text, the most frequent first, ties in order of appearance; <unk> is always one."""
+    counts = Counter(chain.from_iterable(read_lines(paths)))
+    counts["<unk>"] += 0
+    return [word for word, _ in counts.most_common()]
 
 
 def read_split(paths, words):
