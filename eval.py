@@ -49,13 +49,13 @@ def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_toke
 
 def measure(model, tokens, lengths, path, data, split="valid", stride=None, extension="", by_position=False,
             **options):
-    """One CSV row a length, as a dict; tokens, loss and ppl are None beyond what the encoding can do."""
+    """One CSV row a length, as a dict; without tokens and loss, ppl inf, beyond what the encoding can do."""
     config, rows = model.config, []
     if next(model.parameters()).is_cuda:
         torch.compiler.reset()      # the allowance of recompilations is for all models together
     for length in lengths:
         row = dict(pos=config.pos, train_length=config.block_size, length=length, stride=stride, split=split,
-                   tokens=None, loss=None, ppl=None, extend=extension, window=config.window,
+                   tokens=None, loss=None, ppl=math.inf, extend=extension, window=config.window,
                    logn=int(config.logn), random_positions=config.random_positions, checkpoint=str(path),
                    data=data)
         rows.append(row)
@@ -84,34 +84,46 @@ def name(row, with_data=False):
 
 def average(runs):
     """Runs that differ in their seeds as one: ppl is their mean, std their standard deviation."""
-    rows = []
-    for same in zip(*runs):         # the rows of one length
-        ppl, several = [row["ppl"] for row in same], len(runs) > 1
-        known = None not in ppl
-        rows.append(same[0] | dict(ppl=np.mean(ppl) if known else None, runs=len(runs),
-                                   std=np.std(ppl, ddof=1) if known and several else None))
-    return rows
+    ppl = torch.tensor([[row["ppl"] for row in run] for run in runs], dtype=torch.double)
+    std, mean = torch.std_mean(ppl, 0, correction=min(1, len(runs) - 1))
+    return [row | dict(ppl=m, std=s, runs=len(runs)) for row, m, s in zip(runs[0], mean.tolist(), std.tolist())]
 
 
 def verdict(run):
     """holds, or from which length on it fails; nothing without the trained length and a longer one."""
     trained, ppl = run[0]["train_length"], {row["length"]: row["ppl"] for row in run}
     longer = [length for length in ppl if length > trained]
-    if not longer or not ppl.get(trained):
+    if not longer or ppl.get(trained, math.inf) == math.inf:
         return ""
-    fails = [length for length in longer if ppl[length] is None or not ppl[length] <= 1.01 * ppl[trained]]
+    fails = [length for length in longer if not ppl[length] <= 1.01 * ppl[trained]]
     return f"fails from {fails[0]}" if fails else "holds"
 
 
 def report(groups, unit, path, keep=False):
-    """Writes the CSV file `path`, if any, then prints the table, even where that failed.
+    """The table: a line a group, a column a length, and who extrapolates. Then the CSV file `path`, if any.
 
     A group is a list of runs that differ in their seeds, a run a list of rows from measure."""
-    try:
-        if path:
-            write_rows(sum(groups, []), path, keep)
-    finally:
-        print_table([average(runs) for runs in groups], unit)
+    runs = [average(group) for group in groups]
+    first, lengths = runs[0][0], sorted({row["length"] for run in runs for row in run})
+    several = len({run[0]["data"] for run in runs}) > 1
+    wide = max(len("encoding"), *(len(name(run[0], several)) for run in runs))
+    protocol = f"sliding by {first['stride']}" if first["stride"] else "non-overlapping"
+
+    def line(label, trained, run, key, end=""):
+        known = {row["length"]: row[key] for row in run if row["ppl"] < math.inf}
+        cells = {n: f"{x:.2f}" if x < 99999 else f"{x:.2e}" for n, x in known.items()}
+        print(f"{label:{wide}} {trained:>7}" + "".join(f"{cells.get(n, '-'):>9}" for n in lengths), end)
+
+    print(f"perplexity per {unit}, {first['split']} split, {protocol}, by length in tokens")
+    print(f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths))
+    for run in runs:
+        line(name(run[0], several), run[0]["train_length"], run, "ppl", f" {verdict(run)}")
+        if run[0]["runs"] > 1:
+            line(f"± {run[0]['runs']} runs", "", run, "std")
+    print("fails: more than 1% above the perplexity at the trained length,\n"
+          "or - where the encoding's table of positions ends", flush=True)
+    if path:
+        write_rows(sum(groups, []), path, keep)
 
 
 def write_rows(runs, path, keep):
@@ -125,28 +137,6 @@ def write_rows(runs, path, keep):
     write_csv(path, header, [[row.get(key) for key in header] for row in rows])
 
 
-def print_table(runs, unit):
-    """A line for each run, a column for each length, and who extrapolates."""
-    first, lengths = runs[0][0], sorted({row["length"] for run in runs for row in run})
-    several = len({run[0]["data"] for run in runs}) > 1
-    wide = max(len("encoding"), *(len(name(run[0], several)) for run in runs))
-    protocol = f"sliding by {first['stride']}" if first["stride"] else "non-overlapping"
-
-    def line(label, trained, run, key, end=""):
-        cells = {row["length"]: "-" if row[key] is None else f"{row[key]:.2f}" for row in run}
-        cells = {n: text if len(text) < 9 else f"{float(text):.2e}" for n, text in cells.items()}
-        print(f"{label:{wide}} {trained:>7}" + "".join(f"{cells.get(n, '-'):>9}" for n in lengths), end)
-
-    print(f"perplexity per {unit}, {first['split']} split, {protocol}, by length in tokens")
-    print(f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths))
-    for run in runs:
-        line(name(run[0], several), run[0]["train_length"], run, "ppl", f" {verdict(run)}")
-        if run[0]["runs"] > 1:
-            line(f"± {run[0]['runs']} runs", "", run, "std")
-    print("fails: more than 1% above the perplexity at the trained length,\n"
-          "or - where the encoding's table of positions ends")
-
-
 def plot(runs, path, unit):
     """Like the paper's Figure 1: perplexity against length, a line a run, one std above and below it."""
     import matplotlib.figure
@@ -156,9 +146,9 @@ def plot(runs, path, unit):
                               ylabel=f"perplexity per {unit}")
     ends = []
     for run, color in zip(runs, matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))):
-        if not (known := [row for row in run if row["ppl"]]):
+        if not (known := [row for row in run if row["ppl"] < math.inf]):
             continue
-        x, ppl, std = (np.array([row[key] for row in known], float) for key in ("length", "ppl", "std"))
+        x, ppl, std = (np.array([row[key] for row in known]) for key in ("length", "ppl", "std"))
         axes.plot(x, ppl, marker="o", color=color)
         axes.fill_between(x, ppl - std, ppl + std, color=color, alpha=0.2, linewidth=0)
         axes.axvline(run[0]["train_length"], color="grey", linestyle="--", zorder=0)
