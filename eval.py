@@ -12,6 +12,7 @@ way every target (each token but the first) counts once, at every length.
 import argparse
 import csv
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -182,7 +183,6 @@ def load_checkpoint(path):
     """What train.py saved, a dict. Runs no code from the file. Raises UserError."""
     try:
         checkpoint = load_whole(path)
-        checkpoint["model"] = dict(checkpoint["model"])     # else torch notes things in it for the next load
         check_values(**checkpoint)
         return checkpoint
     except MemoryError:
@@ -195,35 +195,29 @@ def load_checkpoint(path):
 
 def check_values(config, args, words, digest, step, log, loss_sum, model, optimizer):
     """Raises where a stranger's checkpoint holds what train.py does not save."""
-    def is_weight(x, shape):
-        kind = x.layout, x.dtype, x.device.type, x.shape, x.is_contiguous()
-        return kind == (torch.strided, torch.float32, "cpu", shape, True)
-
-    flags = [value for flag, value in args.items() if flag != "lengths"]
-    blocks, C = [p.numel() for key, p in model.items() if key.startswith("blocks.")], config["n_embd"]
-    if not (isinstance(words, list) and all(isinstance(text, str) for text in (args["data"], digest, *words))
-            and config["vocab_size"] == (len(words) or 256)
-            and (not words or len({"<unk>", *words}) == len(words))
-            and all(isinstance(value, (str, int, float, type(None))) for value in flags)
+    json.dumps([args, words, log])      # plain data, or this raises
+    texts, numbers = [args["data"], digest, *words], [step, loss_sum, *(x for row in log for x in row)]
+    blocks, C = sum(p.numel() for key, p in model.items() if key.startswith("blocks.")), config["n_embd"]
+    if not (all(isinstance(x, str) for x in texts) and all(isinstance(x, (int, float)) for x in numbers)
+            and len({"<unk>", *words}) == (len(words) or 1) and config["vocab_size"] == (len(words) or 256)
             and isinstance(log, list) and all(isinstance(row, list) and len(row) == 5 for row in log)
-            and all(isinstance(x, (int, float)) for row in log for x in row)
-            and isinstance(step, int) and step >= 0 and isinstance(loss_sum, float)
-            and all(is_weight(p, p.shape) for p in model.values())
-            and sum(blocks) == config["n_layer"] * (12 * C * C + 2 * C)):
+            and isinstance(step, int) and step >= 0 and blocks == config["n_layer"] * (12 * C * C + 2 * C)):
         raise ValueError("its values are not what train.py saves")
-    model = build(config, model)
-    params = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    for n, p in enumerate(params):
-        shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
-        if not all(is_weight(optimizer[n][key], shape) for key, shape in shapes.items()):
-            raise ValueError("its optimizer's state is not that of its model")
+    groups = build(config, model).parameter_groups(0.0)
+    for n, p in enumerate(p for group in groups for p in group["params"]):
+        tensors = optimizer[n] | {"weight": p}
+        for key, shape in dict(weight=p.shape, exp_avg=p.shape, exp_avg_sq=p.shape, step=()).items():
+            x = tensors[key]
+            kind = x.layout, x.dtype, x.device.type, x.shape, x.is_contiguous()
+            if kind != (torch.strided, torch.float32, "cpu", shape, True):
+                raise ValueError("its weights and its optimizer's state are not what train.py saves")
 
 
 def build(config, weights, **changes):
     """The model in a checkpoint, with these fields of its config changed."""
     with torch.device("meta"):      # no memory, no initial weights
         model = GPT(GPTConfig(**config | changes))
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(dict(weights), assign=True)       # dict: torch notes things in what it is given
     return model
 
 
