@@ -977,7 +977,8 @@ def test_columns(changes, capsys):
 @pytest.mark.parametrize("ppl, verdict", [
     ({8: 2, 16: 2.019, 32: 1}, "holds"), ({8: 2, 16: 2.021, 32: 1}, "fails from 16"),
     ({8: 2, 16: 2, 32: math.nan}, "fails from 32"), ({8: 2, 16: math.inf}, "fails from 16"),
-    ({8: math.nan, 16: 2}, "fails from 16"), ({4: 9, 8: 2}, ""), ({16: 2, 32: 2}, ""), ({8: math.inf, 16: 2}, "")
+    ({8: math.nan, 16: 2}, "fails from 16"), ({4: 9, 8: 2}, ""), ({16: 2, 32: 2}, ""),
+    ({8: math.inf, 16: 2}, "")
 ])
 def test_verdict(ppl, verdict):
     """Nothing is said where the trained length or a longer one was not measured."""

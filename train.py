@@ -156,13 +156,6 @@ def train(path, config, corpus, args, device, dtype):
         model.wte.head_loss = torch.compile(model.wte.head_loss, fullgraph=True)
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
 
-    def save():
-        state = dict(config=vars(config), args=vars(args), words=corpus.words, digest=corpus.digest,
-                     step=step, log=log, loss_sum=loss_sum.item(),
-                     model=model.state_dict(), optimizer=optimizer.state_dict()["state"])
-        write_whole(path, lambda file: torch.save(state, file))
-        write_csv(path.with_name("log.csv"), LOG_HEADER, log)
-
     def check_finite(value, what):
         if not math.isfinite(value):
             raise UserError(f"{config.pos}: {what} is {value} at step {step}: lower --learning_rate")
@@ -173,10 +166,10 @@ def train(path, config, corpus, args, device, dtype):
         torch.cuda.reset_peak_memory_stats()
     speeds, seen, clock = [], step, time.perf_counter()
     bar = tqdm(total=args.max_iters, initial=step, desc=config.pos, disable=True if RANK else None)
-    stop = []
+    stop, stopping = [], False
     handler = signal.SIG_IGN if RANK else functools.partial(on_signal, stop)
     before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
-    while step < args.max_iters and not stop:
+    while step < args.max_iters and not stopping:
         # all that is random in a step comes from here, so that a resumed run repeats it exactly
         torch.manual_seed((((args.seed << 31) + step) * WORLD + RANK) % 2 ** 64)
         lr = get_lr(step, args)
@@ -198,8 +191,8 @@ def train(path, config, corpus, args, device, dtype):
         step += 1
 
         # progress, now and then: a look at the loss makes the CPU wait for the GPU
-        due = step % args.eval_interval == 0 or step == args.max_iters
-        if due or stop or step % 10 == 0:
+        due, stopping = step % args.eval_interval == 0 or step == args.max_iters, bool(stop)
+        if due or stopping or step % 10 == 0:
             check_finite(loss.item(), "the loss")
             check_finite(norm.item(), "the gradient's norm")
             speeds.append((step - seen) * tokens_per_step / (time.perf_counter() - clock))
@@ -207,7 +200,7 @@ def train(path, config, corpus, args, device, dtype):
             bar.set_postfix_str(f"loss {loss.item():.3f}, {speeds[-1]:,.0f} tokens/s")
             seen, clock = step, time.perf_counter()
 
-        # evaluate, save, print
+        # evaluate, print, save
         if due:
             micro_batches = args.grad_accum * (step - (log[-1][0] if log else 0))
             mean = loss_sum / micro_batches / WORLD
@@ -218,17 +211,19 @@ def train(path, config, corpus, args, device, dtype):
             valid, speed = (total.sum() / count.sum()).item(), float(np.median(speeds[1:] or speeds))
             check_finite(valid, "the validation loss")
             log.append([step, mean.item(), valid, lr, speed])
-            if RANK == 0:
-                save()
             tqdm.write(f"{config.pos} step {step}: train loss {mean.item():.4f}, "
                        f"valid loss {valid:.4f}, {speed:,.0f} tokens/s")
+        if RANK == 0 and (due or stopping):
+            state = dict(config=vars(config), args=vars(args), words=corpus.words, digest=corpus.digest,
+                         step=step, log=log, loss_sum=loss_sum.item(),
+                         model=model.state_dict(), optimizer=optimizer.state_dict()["state"])
+            write_whole(path, lambda file: torch.save(state, file))
+            write_csv(path.with_name("log.csv"), LOG_HEADER, log)
             clock = time.perf_counter()
     bar.close()
     for signum, handler in before.items():
         signal.signal(signum, handler)
     if stop:
-        if step:
-            save()
         print(f"stopped after step {step}: --resume goes on from {path}")
         sys.exit(128 + stop[0])
 
