@@ -115,7 +115,7 @@ def on_signal(stop, signum, frame):
         os.write(2, b"\nfinishing this step; once more stops at once\n")
 
 
-def checkpoint_to_resume(path, config, args, digest):
+def checkpoint_to_resume(path, args, digest):
     """The checkpoint to go on from, or None. Raises UserError where the flags contradict it."""
     if args.overwrite or not path.exists():
         return None
@@ -123,13 +123,11 @@ def checkpoint_to_resume(path, config, args, digest):
         raise UserError(f"{path} is there already: --resume goes on from it, --overwrite starts anew")
     checkpoint = load_checkpoint(path)
     for flag, now in vars(args).items():
-        then = checkpoint["args"].get(flag)
+        then = (checkpoint["args"] | checkpoint["config"]).get(flag)
         if flag not in MAY_CHANGE and now != then:
             raise UserError(f"--{flag} {now}, but {path} has {then}: name that, or another --out_dir")
     if checkpoint["digest"] != digest:
         raise UserError(f"--data {args.data} is not the text of {path}: name that, or another --out_dir")
-    if checkpoint["config"] != vars(config):
-        raise UserError(f"{path} holds another model than its flags say: name another --out_dir")
     if checkpoint["step"] > args.max_iters:
         raise UserError(f"--max_iters {args.max_iters} is less than the {checkpoint['step']} steps of {path}")
     return checkpoint
@@ -142,7 +140,7 @@ def train(path, config, corpus, args, device, dtype):
     model.fuses = args.compile
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
     step, log, loss_sum = 0, [], torch.zeros((), device=device)
-    if checkpoint := checkpoint_to_resume(path, config, args, corpus.digest):
+    if checkpoint := checkpoint_to_resume(path, args, corpus.digest):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
         step, log = checkpoint["step"], checkpoint["log"]
@@ -270,7 +268,7 @@ def main():
     for pos in dict.fromkeys(args.pos):
         config, flags = GPTConfig(**shape | {"pos": pos}), argparse.Namespace(**vars(args) | {"pos": pos})
         path = Path(args.out_dir, pos, "ckpt.pt")
-        checkpoint = checkpoint_to_resume(path, config, flags, corpus.digest)
+        checkpoint = checkpoint_to_resume(path, flags, corpus.digest)
         if RANK == 0 and not args.overwrite:        # also finds out whether it can be written
             write_csv(path.with_name("log.csv"), LOG_HEADER, checkpoint["log"] if checkpoint else [])
         jobs.append((path, config, flags))
