@@ -438,9 +438,8 @@ class Vocabulary(nn.Module):
 
     def loss(self, x, targets):
         """-log p of each target in nats: (N, C), (N,) on the CPU -> (N,)."""
-        head_targets = targets
-        for n, (start, stop) in enumerate(self.bands):
-            head_targets = torch.where((targets >= start) & (targets < stop), self.common + n, head_targets)
+        # to the head a rare type is its band, whose row follows those of the common types
+        head_targets = targets.clamp(max=self.common - 1) + sum(targets >= start for start, _ in self.bands)
         loss = self.head_loss(x, to_device(head_targets, x.device))
         # each band tells its own types apart, for the targets that lie in it
         for (start, stop), tail, projection in zip(self.bands, self.tails, self.projections):

@@ -282,7 +282,7 @@ def main():
         groups.append([measure(model, corpus.valid, lengths, path, args.data, dtype=dtype)])
     print("", *lines, "", sep="\n")
     table = None if RANK else Path(args.out_dir, "extrapolation.csv")
-    report(groups, "word" if corpus.words else "byte", table, keep=True)
+    report(groups, args.tokenizer, table, keep=True)
     if WORLD > 1:
         dist.destroy_process_group()
 
