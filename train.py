@@ -100,10 +100,9 @@ def get_batch(tokens, args, first, rows):
     """Inputs and targets, (rows, block_size) each: sequences first, first + 1, ... of the run.
 
     The text is cut into blocks; each epoch takes every block once, in an order that the seed decides."""
-    blocks = (len(tokens) - 1) // args.block_size
-    picks = [block_order(blocks, args.seed, n // blocks)[n % blocks] for n in range(first, first + rows)]
-    T = args.block_size
-    ids = torch.stack([tokens[n * T:n * T + T + 1] for n in picks]).long()
+    blocks = tokens.unfold(0, args.block_size + 1, args.block_size)     # a view: (blocks, T + 1)
+    places = [divmod(n, len(blocks)) for n in range(first, first + rows)]
+    ids = blocks[[block_order(len(blocks), args.seed, epoch)[n] for epoch, n in places]].long()
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -191,7 +190,6 @@ def train(path, config, corpus, args, device, dtype):
         # progress, now and then: a look at the loss makes the CPU wait for the GPU
         due, stopping = step % args.eval_interval == 0 or step == args.max_iters, bool(stop)
         if due or stopping or step % 10 == 0:
-            check_finite(loss.item(), "the loss")
             check_finite(norm.item(), "the gradient's norm")
             speeds.append((step - seen) * tokens_per_step / (time.perf_counter() - clock))
             bar.update(step - bar.n)
