@@ -5,7 +5,6 @@ lengths it never saw.
     python train.py --preset small --pos sinusoidal alibi             # one GPU
     torchrun --nproc_per_node=2 train.py --preset paper --pos alibi   # two
 """
-import argparse
 import functools
 import math
 import os
@@ -114,15 +113,16 @@ def on_signal(stop, signum, frame):
         os.write(2, b"\nfinishing this step; once more stops at once\n")
 
 
-def checkpoint_to_resume(path, args, digest):
+def checkpoint_to_resume(path, config, args, digest):
     """The checkpoint to go on from, or None. Raises UserError where the flags contradict it."""
     if args.overwrite or not path.exists():
         return None
     if not args.resume:
         raise UserError(f"{path} is there already: --resume goes on from it, --overwrite starts anew")
     checkpoint = load_checkpoint(path)
-    for flag, now in vars(args).items():
-        then = (checkpoint["args"] | checkpoint["config"]).get(flag)
+    saved = checkpoint["args"] | checkpoint["config"]       # its one pos: the flag may name several
+    for flag, now in (vars(args) | vars(config)).items():
+        then = saved.get(flag)
         if flag not in MAY_CHANGE and now != then:
             raise UserError(f"--{flag} {now}, but {path} has {then}: name that, or another --out_dir")
     if checkpoint["digest"] != digest:
@@ -139,7 +139,7 @@ def train(path, config, corpus, args, device, dtype):
     model.fuses = args.compile
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
     step, log, loss_sum = 0, [], torch.zeros((), device=device)
-    if checkpoint := checkpoint_to_resume(path, args, corpus.digest):
+    if checkpoint := checkpoint_to_resume(path, config, args, corpus.digest):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
         step, log = checkpoint["step"], checkpoint["log"]
@@ -264,17 +264,17 @@ def main():
     shape["vocab_size"] = len(corpus.words) or 256
     jobs = []
     for pos in dict.fromkeys(args.pos):
-        config, flags = GPTConfig(**shape | {"pos": pos}), argparse.Namespace(**vars(args) | {"pos": pos})
+        config = GPTConfig(**shape | {"pos": pos})
         path = Path(args.out_dir, pos, "ckpt.pt")
-        checkpoint = checkpoint_to_resume(path, flags, corpus.digest)
+        checkpoint = checkpoint_to_resume(path, config, args, corpus.digest)
         if RANK == 0 and not args.overwrite:        # also finds out whether it can be written
             write_csv(path.with_name("log.csv"), LOG_HEADER, checkpoint["log"] if checkpoint else [])
-        jobs.append((path, config, flags))
+        jobs.append((path, config))
 
     groups, speeds = [], []
     lines = ["encoding     parameters  tokens/s  ratio valid loss    MFU  peak MB"]
-    for path, config, flags in jobs:
-        model, valid, speed = train(path, config, corpus, flags, device, dtype)
+    for path, config in jobs:
+        model, valid, speed = train(path, config, corpus, args, device, dtype)
         speeds.append(speed)
         lines.append(summary(model, valid, speed, speeds[0]))
         groups.append([measure(model, corpus.valid, lengths, path, args.data, dtype=dtype)])
