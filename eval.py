@@ -333,12 +333,12 @@ def main():
         extensions = [ext for ext in args.extend if fits(GPTConfig(**checkpoint["config"]), ext)]
         jobs.append((path, data, tokens, lengths, extensions))
         units.add("word" if checkpoint["words"] else "byte")
-    if len(units) > 1:
+    unit, *others = units
+    if others:
         raise UserError("words and bytes do not compare: name checkpoints of one tokenizer")
     for extension in set(args.extend).difference(*(job[-1] for job in jobs)):
         raise UserError(f"--extend {extension} is for {', '.join(EXTENSIONS[extension][1])}, "
                         "trained without random positions: none of the checkpoints is")
-    [unit] = units
 
     groups = {}
     for path, data, tokens, lengths, extensions in jobs:
