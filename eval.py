@@ -197,11 +197,10 @@ def check_values(config, args, words, digest, step, log, loss_sum, model, optimi
     """Raises where a stranger's checkpoint holds what train.py does not save."""
     json.dumps([args, words, log])      # plain data, or this raises
     texts, numbers = [args["data"], digest, *words], [step, loss_sum, *(x for row in log for x in row)]
-    blocks, C = sum(p.numel() for key, p in model.items() if key.startswith("blocks.")), config["n_embd"]
     if not (all(isinstance(x, str) for x in texts) and all(isinstance(x, (int, float)) for x in numbers)
             and len({"<unk>", *words}) == (len(words) or 1) and config["vocab_size"] == (len(words) or 256)
             and isinstance(log, list) and all(isinstance(row, list) and len(row) == 5 for row in log)
-            and isinstance(step, int) and step >= 0 and blocks == config["n_layer"] * (12 * C * C + 2 * C)):
+            and isinstance(step, int) and step >= 0 and config["n_layer"] <= len(model)):
         raise ValueError("its values are not what train.py saves")
     groups = build(config, model).parameter_groups(0.0)
     for n, p in enumerate(p for group in groups for p in group["params"]):
