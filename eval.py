@@ -87,7 +87,8 @@ def average(runs):
     """Runs that differ in their seeds as one: ppl is their mean, std their standard deviation."""
     ppl = torch.tensor([[row["ppl"] for row in run] for run in runs], dtype=torch.double)
     std, mean = torch.std_mean(ppl, 0, correction=min(1, len(runs) - 1))
-    return [row | dict(ppl=m, std=s, runs=len(runs)) for row, m, s in zip(runs[0], mean.tolist(), std.tolist())]
+    columns = zip(runs[0], mean.tolist(), std.tolist())
+    return [row | dict(ppl=ppl, std=std, runs=len(runs)) for row, ppl, std in columns]
 
 
 def verdict(run):
@@ -111,7 +112,7 @@ def report(groups, unit, path, keep=False):
     protocol = f"sliding by {first['stride']}" if first["stride"] else "non-overlapping"
 
     def line(label, trained, run, key, end=""):
-        known = {row["length"]: row[key] for row in run if row["ppl"] < math.inf}
+        known = {row["length"]: row[key] for row in run if row["ppl"] != math.inf}
         cells = {n: f"{x:.2f}" if x < 99999 else f"{x:.2e}" for n, x in known.items()}
         print(f"{label:{wide}} {trained:>7}" + "".join(f"{cells.get(n, '-'):>9}" for n in lengths), end)
 
@@ -147,7 +148,7 @@ def plot(runs, path, unit):
                               ylabel=f"perplexity per {unit}")
     ends = []
     for run, color in zip(runs, matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))):
-        if not (known := [row for row in run if row["ppl"] < math.inf]):
+        if not (known := [row for row in run if row["ppl"] != math.inf]):
             continue
         x, ppl, std = (np.array([row[key] for row in known]) for key in ("length", "ppl", "std"))
         axes.plot(x, ppl, marker="o", color=color)

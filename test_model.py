@@ -1169,6 +1169,13 @@ def test_stopped_and_resumed(flags, number, interval, here, monkeypatch, capfd):
     assert results(f"parts/{pos}") == results(f"whole/{pos}")
 
 
+def test_saves_before_it_prints(here, monkeypatch):
+    """As where `| head -1` has closed standard output."""
+    monkeypatch.setattr(train.tqdm, "write", mock.Mock(side_effect=BrokenPipeError))
+    assert call("train --out_dir new").code == 2 and load("new/alibi")["step"] == 3
+    assert [row["step"] for row in read_csv("new/alibi/log.csv")] == ["3"]
+
+
 def test_stopped_without_standard_error(here, monkeypatch):
     """As where Ctrl-C has ended `| tee` as well: the step is finished and saved all the same."""
     get_lr = train.get_lr

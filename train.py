@@ -121,11 +121,11 @@ def checkpoint_to_resume(path, config, args, digest):
         raise UserError(f"{path} is there already: --resume goes on from it, --overwrite starts anew")
     checkpoint = load_checkpoint(path)
     saved = checkpoint["args"] | checkpoint["config"]       # its one pos: the flag may name several
-    for flag, now in (vars(args) | vars(config)).items():
+    for flag, now in (vars(args) | {"pos": config.pos}).items():
         then = saved.get(flag)
         if flag not in MAY_CHANGE and now != then:
             raise UserError(f"--{flag} {now}, but {path} has {then}: name that, or another --out_dir")
-    if checkpoint["digest"] != digest:
+    if (checkpoint["digest"], checkpoint["config"]) != (digest, vars(config)):
         raise UserError(f"--data {args.data} is not the text of {path}: name that, or another --out_dir")
     if checkpoint["step"] > args.max_iters:
         raise UserError(f"--max_iters {args.max_iters} is less than the {checkpoint['step']} steps of {path}")
@@ -196,7 +196,7 @@ def train(path, config, corpus, args, device, dtype):
             bar.set_postfix_str(f"loss {loss.item():.3f}, {speeds[-1]:,.0f} tokens/s")
             seen, clock = step, time.perf_counter()
 
-        # evaluate, print, save
+        # evaluate, save, print
         if due:
             micro_batches = args.grad_accum * (step - (log[-1][0] if log else 0))
             mean = loss_sum / micro_batches / WORLD
@@ -207,14 +207,15 @@ def train(path, config, corpus, args, device, dtype):
             valid, speed = (total.sum() / count.sum()).item(), float(np.median(speeds[1:] or speeds))
             check_finite(valid, "the validation loss")
             log.append([step, mean.item(), valid, lr, speed])
-            tqdm.write(f"{config.pos} step {step}: train loss {mean.item():.4f}, "
-                       f"valid loss {valid:.4f}, {speed:,.0f} tokens/s")
         if RANK == 0 and (due or stopping):
             state = dict(config=vars(config), args=vars(args), words=corpus.words, digest=corpus.digest,
                          step=step, log=log, loss_sum=loss_sum.item(),
                          model=model.state_dict(), optimizer=optimizer.state_dict()["state"])
             write_whole(path, lambda file: torch.save(state, file))
             write_csv(path.with_name("log.csv"), LOG_HEADER, log)
+        if due:
+            tqdm.write(f"{config.pos} step {step}: train loss {mean.item():.4f}, "
+                       f"valid loss {valid:.4f}, {speed:,.0f} tokens/s")
             clock = time.perf_counter()
     bar.close()
     for signum, handler in before.items():
