@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +87,8 @@ def name(row, with_data=False):
 def average(runs):
     """Runs that differ in their seeds as one: ppl is their mean, std their standard deviation."""
     ppl = torch.tensor([[row["ppl"] for row in run] for run in runs], dtype=torch.double)
-    std, mean = torch.std_mean(ppl, 0, correction=min(1, len(runs) - 1))
-    columns = zip(runs[0], mean.tolist(), std.tolist())
-    return [row | dict(ppl=ppl, std=std, runs=len(runs)) for row, ppl, std in columns]
+    mean, std = ppl.mean(0).tolist(), ppl.std(0, correction=min(1, len(runs) - 1)).tolist()
+    return [row | dict(ppl=m, std=s, runs=len(runs)) for row, m, s in zip(runs[0], mean, std)]
 
 
 def verdict(run):
@@ -102,30 +102,33 @@ def verdict(run):
 
 
 def report(groups, unit, path, keep=False):
-    """The table: a line a group, a column a length, and who extrapolates. Then the CSV file `path`, if any.
+    """Writes the CSV file `path`, if any; prints the table, even where that failed.
 
     A group is a list of runs that differ in their seeds, a run a list of rows from measure."""
     runs = [average(group) for group in groups]
     first, lengths = runs[0][0], sorted({row["length"] for run in runs for row in run})
     several = len({run[0]["data"] for run in runs}) > 1
-    wide = max(len("encoding"), *(len(name(run[0], several)) for run in runs))
+    wide = max(len("std of 10"), *(len(name(run[0], several)) for run in runs))
     protocol = f"sliding by {first['stride']}" if first["stride"] else "non-overlapping"
 
-    def line(label, trained, run, key, end=""):
+    def line(label, trained, run, key):
         known = {row["length"]: row[key] for row in run if row["ppl"] != math.inf}
         cells = {n: f"{x:.2f}" if x < 99999 else f"{x:.2e}" for n, x in known.items()}
-        print(f"{label:{wide}} {trained:>7}" + "".join(f"{cells.get(n, '-'):>9}" for n in lengths), end)
+        return f"{label:{wide}} {trained:>7}" + "".join(f"{cells.get(n, '-'):>9}" for n in lengths)
 
-    print(f"perplexity per {unit}, {first['split']} split, {protocol}, by length in tokens")
-    print(f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths))
+    lines = [f"perplexity per {unit}, {first['split']} split, {protocol}, by length in tokens",
+             f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths)]
     for run in runs:
-        line(name(run[0], several), run[0]["train_length"], run, "ppl", f" {verdict(run)}")
+        label, trained = name(run[0], several), run[0]["train_length"]
+        lines.append(line(label, trained, run, "ppl") + f"  {verdict(run)}".rstrip())
         if run[0]["runs"] > 1:
-            line(f"± {run[0]['runs']} runs", "", run, "std")
-    print("fails: more than 1% above the perplexity at the trained length,\n"
-          "or - where the encoding's table of positions ends", flush=True)
-    if path:
-        write_rows(sum(groups, []), path, keep)
+            lines.append(line(f"std of {run[0]['runs']}", "", run, "std"))
+    try:
+        if path:
+            write_rows(sum(groups, []), path, keep)
+    finally:
+        print(*lines, "fails: more than 1% above the perplexity at the trained length,",
+              "or - where the encoding's table of positions ends", sep="\n")
 
 
 def write_rows(runs, path, keep):
@@ -147,7 +150,8 @@ def plot(runs, path, unit):
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in tokens",
                               ylabel=f"perplexity per {unit}")
     ends = []
-    for run, color in zip(runs, matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))):
+    colors = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))[:, :3] * 0.8     # darker
+    for run, color in zip(runs, colors):
         if not (known := [row for row in run if row["ppl"] != math.inf]):
             continue
         x, ppl, std = (np.array([row[key] for row in known]) for key in ("length", "ppl", "std"))
@@ -199,9 +203,11 @@ def check_values(config, args, words, digest, step, log, loss_sum, model, optimi
     json.dumps([args, words, log])      # plain data, or this raises
     texts, numbers = [args["data"], digest, *words], [step, loss_sum, *(x for row in log for x in row)]
     if not (all(isinstance(x, str) for x in texts) and all(isinstance(x, (int, float)) for x in numbers)
-            and len({"<unk>", *words}) == (len(words) or 1) and config["vocab_size"] == (len(words) or 256)
+            and isinstance(words, list) and config["vocab_size"] == (len(words) or 256)
+            and len({*words}) == len(words) and ("<unk>" in words) == bool(words)
             and isinstance(log, list) and all(isinstance(row, list) and len(row) == 5 for row in log)
-            and isinstance(step, int) and step >= 0 and config["n_layer"] <= len(model)):
+            and isinstance(step, int) and step >= 0 and isinstance(loss_sum, float)
+            and isinstance(optimizer, dict) and config["n_layer"] <= len(model)):
         raise ValueError("its values are not what train.py saves")
     groups = build(config, model).parameter_groups(0.0)
     for n, p in enumerate(p for group in groups for p in group["params"]):
@@ -294,7 +300,7 @@ def run(main):
 
 
 # runs that agree in these flags, the model and the text differ in their seeds, and are one row
-RECIPE = "batch_size grad_accum max_iters learning_rate warmup_iters weight_decay grad_clip".split()
+RECIPE = "batch_size grad_accum max_iters learning_rate warmup_iters weight_decay grad_clip dtype".split()
 
 
 def get_args():
@@ -340,17 +346,19 @@ def main():
         raise UserError(f"--extend {extension} is for {', '.join(EXTENSIONS[extension][1])}, "
                         "trained without random positions: none of the checkpoints is")
 
-    groups = {}
+    groups, copies = {}, Counter()
     for path, data, tokens, lengths, extensions in jobs:
         checkpoint = load_checkpoint(path)
         recipe = checkpoint["config"], [checkpoint["args"].get(flag) for flag in RECIPE], checkpoint["step"]
+        seed = repr(checkpoint["args"].get("seed"))
         for extension in ["", *extensions]:
             model = build(checkpoint["config"], checkpoint["model"], **changes).to(device)
             model.fuses = args.compile
             run = measure(model, tokens, lengths, path, data, args.split, args.stride, extension,
                           args.by_position, dtype=dtype, batch_tokens=args.batch_tokens)
-            key = repr((recipe, checkpoint["digest"], data, extension))
-            groups.setdefault(key, []).append(run)
+            same = repr((recipe, checkpoint["digest"], data, extension))
+            copies[same, seed] += 1         # of one seed each has a row of its own
+            groups.setdefault((same, copies[same, seed]), []).append(run)
     report(list(groups.values()), unit, args.csv)
     if args.plot:
         plot([average(runs) for runs in groups.values()], args.plot, unit)

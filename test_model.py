@@ -946,14 +946,31 @@ def test_a_folder_of_runs(here):
 def test_seeds_share_a_row(here):
     """Runs that differ in seed and folder alone: mean and standard deviation, and a CSV row for each."""
     for seed in (1, 2, 3):
-        works(f"train --seed {seed} --out_dir seeds/{seed} --eval_interval {seed}")
+        works(f"train --seed {seed} --out_dir seeds/{seed} --eval_interval {seed} --pos alibi learned")
     works("train --learning_rate 0.02 --out_dir seeds/4")
-    _, _, mean, std, other, *_ = works("eval seeds --lengths 8 16 --csv t.csv").splitlines()
-    ppl = [[float(r["ppl"]) for r in read_csv("t.csv") if r["length"] == n] for n in ("8", "16")]
+    _, _, mean, std, learned, end, other, *_ = works("eval seeds --lengths 8 16 --csv t.csv").splitlines()
+    ppl = [[float(r["ppl"]) for r in read_csv("t.csv") if (r["pos"], r["length"]) == ("alibi", n)]
+           for n in ("8", "16")]
     assert mean.split()[:4] == ["alibi", "8", *(f"{sum(three) / 3:.2f}" for *three, _ in ppl)]
     squares = [sum((x - sum(three) / 3) ** 2 for x in three) for *three, _ in ppl]
-    assert std.split() == ["±", "3", "runs", *(f"{math.sqrt(total / 2):.2f}" for total in squares)]
+    assert std.split() == ["std", "of", "3", *(f"{math.sqrt(total / 2):.2f}" for total in squares)]
     assert other.split()[:4] == ["alibi", "8", *(f"{one:.2f}" for *_, one in ppl)]
+    assert learned.split()[3:] == ["-", "fails", "from", "16"] and end.split()[4:] == ["-"]
+
+
+@pytest.mark.parametrize("flag", ("seed 1337", "batch_size 3", "grad_accum 2", "max_iters 7", "dropout 0.1",
+                                  "weight_decay 1", "dtype float32", "data other"))
+def test_other_runs_have_rows_of_their_own(flag, here):
+    """Other settings, another text, and the same seed again."""
+    works(f"train --seed 7 --{flag} --out_dir two")
+    out = works("eval out/alibi two")
+    assert len(re.findall("^alibi", out, re.M)) == 2 and "std of" not in out
+
+
+def test_extensions_have_rows_of_their_own(here):
+    lines = works("eval out/alibi out/rotary --extend interpolate ntk").splitlines()
+    assert [re.split(" +8 ", line)[0] for line in lines[2:-2]] == [
+        "alibi", "alibi + interpolate", "rotary", "rotary + interpolate", "rotary + ntk"]
 
 
 @pytest.mark.parametrize("changes", [{}, dict(pos="none", window=123456, logn=1)])
@@ -1012,8 +1029,8 @@ def test_csv_to_standard_output(into, here, monkeypatch):
     assert ends(fork(child)) == 0
     target.close()
     text = source.read() if source else Path("output").read_text()
-    assert text.startswith("before\nperplexity per word") and "\nalibi,8,8,,valid,150," in text
-    assert text.index("fails: more") < text.index("\npos,") < text.index("\nalibi,")
+    assert text.startswith("before\npos,") and "\nalibi,8,8,,valid,150," in text
+    assert text.index("\nalibi,") < text.index("\nperplexity per word")
 
 
 def test_table_in_any_case(here):
@@ -1068,8 +1085,14 @@ def split_table(table):
     return head[1:], {name: cells for name, *cells in rows}
 
 
-@pytest.mark.parametrize("file, table", re.findall(
-    r"\((assets/\w+\.csv)\)[^|]*?\n\n(\| encoding \| \d.*\n(?:\|.*\n)+)", README))
+RESULTS = re.findall(r"\((assets/\w+\.csv)\)[^|]*?\n\n(\| encoding \| \d.*\n(?:\|.*\n)+)", README)
+
+
+def test_every_table_of_the_readme_has_a_csv():
+    assert len(RESULTS) == len(re.findall(r"\n\| encoding \| \d", README)) > 1
+
+
+@pytest.mark.parametrize("file, table", RESULTS)
 def test_tables_of_the_readme(file, table):
     """Each cell is the mean in the CSV above; bold where it beats all others by two standard errors."""
     found, (head, rows) = measured(file), split_table(table)
@@ -1102,9 +1125,12 @@ def test_ratios_of_the_readme():
 
 
 def test_quick_table_of_the_readme():
-    for name, group in itertools.groupby(read_csv(PROJECT / "assets/quick.csv"), lambda row: row["pos"]):
-        cells = "".join(f"{float(row['ppl']):9.2f}" for row in group)
-        assert re.search(rf"^    {name} +64{cells}  (fails|holds)", README, re.M)
+    found = measured("assets/quick.csv")
+    [head, table] = re.findall(r"^    encoding +trained(.*)\n((?:    \w+ +64 .*\n)+)", README, re.M)[0]
+    rows = [line.split() for line in table.splitlines()]
+    assert [row[0] for row in rows] == ["sinusoidal", "rotary", "t5", "alibi"]
+    for name, _, *cells, _ in (row[:8] for row in rows):
+        assert cells == [f"{found[name, int(length)][0]:.2f}" for length in head.split()]
 
 
 # ---- training ---------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def train(path, config, corpus, args, device, dtype):
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
     step, log, loss_sum = 0, [], torch.zeros((), device=device)
     if checkpoint := checkpoint_to_resume(path, config, args, corpus.digest):
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(dict(checkpoint["model"]))
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
         step, log = checkpoint["step"], checkpoint["log"]
         loss_sum += checkpoint["loss_sum"]
@@ -188,8 +188,8 @@ def train(path, config, corpus, args, device, dtype):
         step += 1
 
         # progress, now and then: a look at the loss makes the CPU wait for the GPU
-        due, stopping = step % args.eval_interval == 0 or step == args.max_iters, bool(stop)
-        if due or stopping or step % 10 == 0:
+        due = step % args.eval_interval == 0 or step == args.max_iters
+        if due or stop or step % 10 == 0:
             check_finite(norm.item(), "the gradient's norm")
             speeds.append((step - seen) * tokens_per_step / (time.perf_counter() - clock))
             bar.update(step - bar.n)
@@ -207,6 +207,7 @@ def train(path, config, corpus, args, device, dtype):
             valid, speed = (total.sum() / count.sum()).item(), float(np.median(speeds[1:] or speeds))
             check_finite(valid, "the validation loss")
             log.append([step, mean.item(), valid, lr, speed])
+        stopping = bool(stop)       # looked at once: what comes later is for the next step
         if RANK == 0 and (due or stopping):
             state = dict(config=vars(config), args=vars(args), words=corpus.words, digest=corpus.digest,
                          step=step, log=log, loss_sum=loss_sum.item(),
