@@ -1088,6 +1088,11 @@ def split_table(table):
 RESULTS = re.findall(r"\((assets/\w+\.csv)\)[^|]*?\n\n(\| encoding \| \d.*\n(?:\|.*\n)+)", README)
 
 
+def test_readme_lists_every_encoding():
+    assert re.findall(r"^\| `(\w+)` \|", README, re.M) and set(POSITIONS) == set(
+        re.findall(r"^\| `(\w+)` \| (?:nothing|embeddings|queries|scores)", README, re.M))
+
+
 def test_every_table_of_the_readme_has_a_csv():
     assert len(RESULTS) == len(re.findall(r"\n\| encoding \| \d", README)) > 1
 
