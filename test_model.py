@@ -1601,6 +1601,13 @@ def test_diverging(flags, here):
     assert len(logs) >= 3 and not any("nan" in log for log in logs)
 
 
+def test_the_loss_itself_is_looked_at(here, monkeypatch):
+    """An infinite loss can have finite gradients."""
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *args: forward(*args) + math.inf)
+    refused("train --overwrite", "the loss is inf")
+
+
 @pytest.mark.parametrize("command, when, phrase", (
     ("train --overwrite", lambda model, T: model.training, "2 GiB. GPU 0 has ...: lower --batch_size"),
     ("train --overwrite", lambda model, T: not model.training and T == 8, "memory"),

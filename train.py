@@ -190,6 +190,7 @@ def train(path, config, corpus, args, device, dtype):
         # progress, now and then: a look at the loss makes the CPU wait for the GPU
         due = step % args.eval_interval == 0 or step == args.max_iters
         if due or stop or step % 10 == 0:
+            check_finite(loss.item(), "the loss")
             check_finite(norm.item(), "the gradient's norm")
             speeds.append((step - seen) * tokens_per_step / (time.perf_counter() - clock))
             bar.update(step - bar.n)
