@@ -1138,6 +1138,32 @@ def test_quick_table_of_the_readme():
         assert cells == [f"{found[name, int(length)][0]:.2f}" for length in head.split()]
 
 
+def test_quick_summary_of_the_readme():
+    """Tokens/s, their ratio to the first, and the loss of what quick_log.csv ends with."""
+    last = {row["pos"]: row for row in read_csv(PROJECT / "assets/quick_log.csv")}
+    [table] = re.findall(r"^    encoding +parameters .*\n((?:    .*\n)+)", README, re.M)
+    rows = [line.split() for line in table.splitlines()]
+    first = float(last[rows[0][0]]["tokens_per_s"])
+    assert [row[0] for row in rows] == ["sinusoidal", "rotary", "t5", "alibi"]
+    for name, size, speed, ratio, loss, *_ in rows:
+        found = float(last[name]["tokens_per_s"])
+        assert [speed, ratio] == [f"{found:,.0f}", f"{found / first:.2f}"]
+        assert loss == f"{float(last[name]['valid_loss']):.4f}" and last[name]["step"] == "1000"
+        config = GPTConfig(pos=name, vocab_size=256, block_size=64, n_layer=3, n_head=4, n_embd=128)
+        assert size == f"{sum(p.numel() for p in GPT(config).parameters()):,}"
+
+
+def test_speeds_of_the_readme():
+    speed = {(row["pos"], row["run"]): float(row["tokens_per_s"])
+             for row in read_csv(PROJECT / "assets/speed.csv")}
+    [table] = re.findall(r"\| ratio to none .*\n(?:\|.*\n)+", README)
+    head, rows = split_table(table)
+    assert sorted([*rows, "none"]) == sorted(POSITIONS) and head == ["median", "round 1", "round 2", "round 3"]
+    for name, cells in rows.items():
+        ratios = [speed[name, run] / speed["none", run] for run in "123"]
+        assert cells == [f"{x:.2f}" for x in [statistics.median(ratios), *ratios]]
+
+
 # ---- training ---------------------------------------------------------------------------------------
 
 
