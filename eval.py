@@ -43,8 +43,8 @@ def evaluate(model, tokens, length, stride=None, dtype=torch.float32, batch_toke
         # the window before has scored all targets but the last `stride`
         counts = (place[:, 1:] <= targets) & ((place[:, :1] == 0) | (offsets[1:] > length - stride))
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(ids[:, :-1].to(device), ids[:, 1:]).cpu().double()                 # (B, T)
-        sums += torch.stack((loss.where(counts, 0), counts)).sum(1)
+            loss = model(ids[:, :-1].to(device), ids[:, 1:].where(counts, -1)).cpu().double()       # (B, T)
+        sums += torch.stack((loss, counts)).sum(1)
     model.train(training)
     return sums
 

@@ -500,12 +500,17 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def forward(self, idx, targets):
-        """Loss of each target in nats: (B, T) twice -> (B, T). In evaluation not all logits at once."""
-        x, targets_flat = self.trunk(idx).flatten(0, 1), targets.flatten()
+        """Loss of each target in nats: (B, T) twice -> (B, T). In evaluation not all logits at once, and for
+        a target of -1 none: its loss is 0."""
+        x, flat = self.trunk(idx).flatten(0, 1), targets.flatten()
+        if torch.is_grad_enabled():
+            return self.wte.loss(x, flat).view(targets.shape)
+        loss = torch.zeros(len(x), device=x.device)
         logits = 2 ** (28 if x.is_cuda else 23)
-        rows = len(x) if torch.is_grad_enabled() else max(1, logits // self.config.vocab_size)
-        loss = [self.wte.loss(*chunk) for chunk in zip(x.split(rows), targets_flat.split(rows))]
-        return torch.cat(loss).view(targets.shape)
+        for rows in (flat >= 0).nonzero().squeeze(1).split(max(1, logits // self.config.vocab_size)):
+            there = to_device(rows, x.device)
+            loss[there] = self.wte.loss(x[there], flat[rows])
+        return loss.view(targets.shape)
 
     def parameter_groups(self, weight_decay):
         """For AdamW: matrices decay; norms and whatever belongs to the position encoding do not."""

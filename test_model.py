@@ -616,14 +616,17 @@ def test_small_vocabulary_is_a_plain_tied_softmax():
 
 
 def test_loss_in_pieces(monkeypatch):
-    """In evaluation a long text's logits never stand in memory at once: 2^23 at most."""
+    """In evaluation a long text's logits do not stand in memory at once: 2^23 at most, none for target -1."""
     model, ids, seen = tiny_model("alibi", vocab_size=2 ** 20), tokens(31, 2 ** 20), []
-    whole = model(ids[:, :-1], ids[:, 1:])
+    targets = ids[:, 1:].clone()
+    whole = model(ids[:, :-1], targets)
     loss = model.wte.loss
     monkeypatch.setattr(model.wte, "loss", lambda x, y: seen.append(len(x)) or loss(x, y))
     with torch.no_grad():
-        torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:]), whole)
-    assert seen == [8, 8, 8, 6]
+        torch.testing.assert_close(model(ids[:, :-1], targets), whole)
+        targets[0, :20:2] = -1
+        torch.testing.assert_close(model(ids[:, :-1], targets), whole.where(targets >= 0, 0))
+    assert seen == [8, 8, 8, 6] + [8, 8, 4]
 
 
 @pytest.mark.parametrize("pos", POSITIONS)
@@ -884,7 +887,7 @@ def test_two_runs_at_once(corpus, meet, mirror):
 
 @pytest.mark.parametrize("n, length, stride", [(50, 16, None), (49, 16, None), (50, 16, 5), (33, 16, 16),
                                                (17, 16, 1), (10, 16, 3), (2, 1, 1), (47, 8, 3)])
-def test_every_target_counts_once(n, length, stride):
+def test_every_target_counts_once(n, length, stride, monkeypatch):
     """Against one forward pass for each target, over the window that the protocol gives it."""
     model, stream = tiny_model("alibi"), tokens(n)[0]
     expected, S = np.zeros((2, length)), stride or length
@@ -892,9 +895,12 @@ def test_every_target_counts_once(n, length, stride):
         start = max(0, math.ceil((target + 1 - length) / S)) * S
         ids = stream[start:target + 2][None]
         expected[:, target - start] += model(ids[:, :-1], ids[:, 1:])[0, -1].item(), 1
+    loss, seen = model.wte.loss, []
+    monkeypatch.setattr(model.wte, "loss", lambda x, y: seen.append(len(x)) or loss(x, y))
     for batch_tokens in (1, 64):
         found = evaluation.evaluate(model, stream, length, stride, batch_tokens=batch_tokens)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-3)
+    assert sum(seen) == 2 * (n - 1)     # what is not scored costs no logits
 
 
 def test_evaluation_leaves_training_alone():
@@ -1158,10 +1164,23 @@ def test_speeds_of_the_readme():
              for row in read_csv(PROJECT / "assets/speed.csv")}
     [table] = re.findall(r"\| ratio to none .*\n(?:\|.*\n)+", README)
     head, rows = split_table(table)
-    assert sorted([*rows, "none"]) == sorted(POSITIONS) and head == ["median", "round 1", "round 2", "round 3"]
+    assert sorted([*rows, "none"]) == sorted(POSITIONS)
+    assert head == ["median", "round 1", "round 2", "round 3"]
     for name, cells in rows.items():
         ratios = [speed[name, run] / speed["none", run] for run in "123"]
         assert cells == [f"{x:.2f}" for x in [statistics.median(ratios), *ratios]]
+
+
+def test_losses_by_position_of_the_readme():
+    loss = {}
+    for row in read_csv(PROJECT / "assets/bytes_by_position.csv"):
+        span = row["first"] if row["first"] == row["last"] else f"{row['first']} to {row['last']}"
+        loss.setdefault((row["pos"], span), []).append(float(row["loss"]))
+    [table] = re.findall(r"\| loss having seen .*\n(?:\|.*\n)+", README)
+    head, rows = split_table(table)
+    assert len(rows) * len(head) == len(loss)
+    for name, cells in rows.items():
+        assert cells == [f"{statistics.mean(loss[name, span]):.2f}" for span in head]
 
 
 # ---- training ---------------------------------------------------------------------------------------
