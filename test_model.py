@@ -1116,7 +1116,7 @@ def test_tables_of_the_readme(file, table):
             assert number == (f"{statistics.mean(seeds):.{digits}f}" if seeds else "-"), (name, length)
             assert not std or float(std[0]) == round(statistics.stdev(seeds), len(std[0].partition(".")[2]))
             others = [x for key, x in found.items() if key[1] == int(length) and key[0] != name]
-            best = seeds and min(map(len, [seeds, *others])) > 1 and all(
+            best = others and seeds and min(map(len, [seeds, *others])) > 1 and all(
                 statistics.mean(x) - statistics.mean(seeds)
                 > 2 * math.hypot(standard_error(x), standard_error(seeds)) for x in others)
             assert cell.startswith("**") == bool(best), (name, length)
