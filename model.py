@@ -505,11 +505,11 @@ class GPT(nn.Module):
         x, flat = self.trunk(idx).flatten(0, 1), targets.flatten()
         if torch.is_grad_enabled():
             return self.wte.loss(x, flat).view(targets.shape)
-        loss = torch.zeros(len(x), device=x.device)
+        loss = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         logits = 2 ** (28 if x.is_cuda else 23)
         for rows in (flat >= 0).nonzero().squeeze(1).split(max(1, logits // self.config.vocab_size)):
             there = to_device(rows, x.device)
-            loss[there] = self.wte.loss(x[there], flat[rows])
+            loss[there] = self.wte.loss(x[there], flat[rows]).to(loss.dtype)
         return loss.view(targets.shape)
 
     def parameter_groups(self, weight_decay):

@@ -1096,7 +1096,8 @@ RESULTS = re.findall(r"\((assets/\w+\.csv)\)[^|]*?\n\n(\| encoding \| \d.*\n(?:\
 
 def test_readme_lists_every_encoding():
     listed = re.findall(r"^\| `(\w+)` \| (?:nothing|embeddings|queries|scores)", README, re.M)
-    assert sorted(listed) == sorted(POSITIONS)
+    assert sorted(listed) == sorted({name for name, _ in measured("assets/bytes.csv")})
+    assert set(listed) <= set(POSITIONS)
 
 
 def test_every_table_of_the_readme_has_a_csv():
@@ -1107,8 +1108,12 @@ def test_every_table_of_the_readme_has_a_csv():
 def test_tables_of_the_readme(file, table):
     """Each cell is the mean in the CSV above; bold where it beats all others by two standard errors."""
     found, (head, rows) = measured(file), split_table(table)
+    trained = int(read_csv(PROJECT / file)[0]["train_length"])
+    lengths = [dict(train_length=trained, length=int(length)) for length in filter(None, head)]
     assert set(rows) == {name for name, _ in found}
     for name, cells in rows.items():
+        ppl = [statistics.mean(found.get((name, row["length"]), [math.inf])) for row in lengths]
+        assert cells[-1] == evaluation.verdict([row | {"ppl": x} for row, x in zip(lengths, ppl)]), name
         for length, cell in zip(filter(None, head), cells):
             seeds = found.get((name, int(length)))
             number, *std = re.findall(r"\d+\.\d+", cell) or ["-"]
@@ -1164,8 +1169,10 @@ def test_speeds_of_the_readme():
              for row in read_csv(PROJECT / "assets/speed.csv")}
     [table] = re.findall(r"\| ratio to none .*\n(?:\|.*\n)+", README)
     head, rows = split_table(table)
-    assert sorted([*rows, "none"]) == sorted(POSITIONS)
+    assert sorted(rows) == sorted({pos for pos, _ in speed} - {"none"} | {"none, tokens/s"})
     assert head == ["median", "round 1", "round 2", "round 3"]
+    none = [speed["none", run] for run in "123"]
+    assert rows.pop("none, tokens/s") == [f"{x:,.0f}" for x in [statistics.median(none), *none]]
     for name, cells in rows.items():
         ratios = [speed[name, run] / speed["none", run] for run in "123"]
         assert cells == [f"{x:.2f}" for x in [statistics.median(ratios), *ratios]]
