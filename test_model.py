@@ -903,6 +903,16 @@ def test_every_target_counts_once(n, length, stride, monkeypatch):
     assert sum(seen) == 2 * (n - 1)     # what is not scored costs no logits
 
 
+@pytest.mark.parametrize("vocab_size", [11, 20100])
+def test_evaluates_other_precisions(vocab_size):
+    stream = tokens(60, vocab_size)[0]
+    models = (tiny_model("alibi", vocab_size=vocab_size).to(dtype)
+              for dtype in (torch.float32, torch.float64, torch.bfloat16))
+    loss, exact, rough = (evaluation.evaluate(model, stream, 16, 5)[0] for model in models)
+    torch.testing.assert_close(loss, exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.1)
+
+
 def test_evaluation_leaves_training_alone():
     model, stream = tiny_model("alibi", dropout=0.5, random_positions=50).train(), tokens(100)[0]
     state = torch.get_rng_state()
