@@ -51,7 +51,8 @@ def write_whole(path, write, mode="wb"):
         # standard output may be a file: its own descriptor knows how far it is
         stdout = str(path) in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
         opened = 1 if stdout else path if path.exists() and not path.is_file() else beside
-        with open(opened, mode, encoding=None if "b" in mode else "utf-8", closefd=not stdout) as file:
+        text = {} if "b" in mode else dict(encoding="utf-8", errors="surrogateescape")     # any path
+        with open(opened, mode, closefd=not stdout, **text) as file:
             write(file)
         if beside.exists():
             os.replace(beside, target)

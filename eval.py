@@ -72,16 +72,26 @@ def measure(model, tokens, lengths, path, data, split="valid", stride=None, exte
         if by_position:
             edges = [0, *(2 ** n for n in range((length - 1).bit_length())), length]        # bins that double
             for a, b in zip(edges, edges[1:]):
-                bin_loss = total[a:b].sum() / count[a:b].sum()
-                print(f"{name(row)} at {length}, having seen {a + 1} to {b} tokens: loss {bin_loss:.4f}")
+                targets = int(count[a:b].sum())
+                print(f"{name(row)} at {length}, position {a + 1} to {b}: "
+                      f"loss {total[a:b].sum() / targets:.4f} over {targets:,} targets, {path}")
     return rows
 
 
-def name(row, with_data=False):
-    """How a row's model is called: rotary + ntk + window 64 on wikitext-2."""
+def name(row):
+    """How a row's model is called: rotary + ntk + window 64."""
     parts = [row["pos"], row["extend"], "logn" if row["logn"] else ""]
     parts += [f"{key} {row[key]}" for key in ("window", "random_positions") if row[key]]
-    return " + ".join(filter(None, parts)) + (f" on {row['data']}" if with_data else "")
+    return " + ".join(filter(None, parts))
+
+
+def labels(runs):
+    """The runs' names, with their texts and the folders of their checkpoints where these tell them apart."""
+    rows = [run[0] for run in runs]
+    several = len({row["data"] for row in rows}) > 1
+    names = [name(row) + (f" on {row['data']}" if several else "") for row in rows]
+    return [label + (f" in {Path(row['checkpoint']).parent}" if names.count(label) > 1 else "")
+            for label, row in zip(names, rows)]
 
 
 def average(runs):
@@ -107,8 +117,7 @@ def report(groups, unit, path, keep=False):
     A group is a list of runs that differ in their seeds, a run a list of rows from measure."""
     runs = [average(group) for group in groups]
     first, lengths = runs[0][0], sorted({row["length"] for run in runs for row in run})
-    several = len({run[0]["data"] for run in runs}) > 1
-    wide = max(len("std of 10"), *(len(name(run[0], several)) for run in runs))
+    wide = max(len(label) for label in ["std of 10", *labels(runs)])
     protocol = f"sliding by {first['stride']}" if first["stride"] else "non-overlapping"
 
     def line(label, trained, run, key):
@@ -118,8 +127,8 @@ def report(groups, unit, path, keep=False):
 
     lines = [f"perplexity per {unit}, {first['split']} split, {protocol}, by length in tokens",
              f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths)]
-    for run in runs:
-        label, trained = name(run[0], several), run[0]["train_length"]
+    for label, run in zip(labels(runs), runs):
+        trained = run[0]["train_length"]
         lines.append(line(label, trained, run, "ppl") + f"  {verdict(run)}".rstrip())
         if run[0]["runs"] > 1:
             lines.append(line(f"std of {run[0]['runs']}", "", run, "std"))
@@ -136,7 +145,7 @@ def write_rows(runs, path, keep):
     header, rows = list(runs[0][0]), [row for run in runs for row in run if row["loss"] is not None]
     if keep and Path(path).is_file():
         measured = {run[0]["pos"] for run in runs}
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = csv.DictReader(line.replace("\0", "") for line in file)
             rows = [row for row in lines if row.get("pos") not in measured] + rows
     write_csv(path, header, [[row.get(key) for key in header] for row in rows])
@@ -149,27 +158,29 @@ def plot(runs, path, unit):
     figure, lengths = matplotlib.figure.Figure(figsize=(7, 0.24 / gap), layout="constrained"), set()
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in tokens",
                               ylabel=f"perplexity per {unit}")
-    ends = []
-    colors = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))[:, :3] * 0.8     # darker
-    for run, color in zip(runs, colors):
-        if not (known := [row for row in run if row["ppl"] != math.inf]):
-            continue
-        x, ppl, std = (np.array([row[key] for row in known]) for key in ("length", "ppl", "std"))
+    # lines in the order of their ends, in colours that the golden ratio keeps apart
+    known = [[row for row in run if row["ppl"] != math.inf] for run in runs]
+    lines = sorted(filter(all, zip(known, labels(runs))), key=lambda line: line[0][-1]["ppl"])
+    colors = matplotlib.colormaps["turbo"](0.05 + 0.9 * (0.618 * np.arange(len(lines)) % 1))[:, :3] * 0.8
+    for (run, _), color in zip(lines, colors):
+        x, ppl, std = (np.array([row[key] for row in run]) for key in ("length", "ppl", "std"))
         axes.plot(x, ppl, marker="o", color=color)
         axes.fill_between(x, ppl - std, ppl + std, color=color, alpha=0.2, linewidth=0)
         axes.axvline(run[0]["train_length"], color="grey", linestyle="--", zorder=0)
-        lengths.update(row["length"] for row in known)
-        ends.append((ppl[-1], name(run[0]), color))
+        lengths.update(x.tolist())
     axes.set_xticks(sorted(lengths), sorted(lengths))
     axes.set_xticks([], minor=True)
     axes.yaxis.set(major_locator=matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)),
                    major_formatter="{x:g}", minor_locator=matplotlib.ticker.NullLocator())
     axes.set_title("dashed: the trained length", loc="left", size="small", color="grey")
-    # the names beside the ends of their lines, from the lowest up, moved apart, none above the axes
-    height, (low, high), ends = -1.0, np.log(axes.get_ylim()), sorted(ends, key=lambda end: end[0])
-    for above, (ppl, label, color) in zip(reversed(range(len(ends))), ends):
+    # names in the same order, from the lowest up, moved apart, none above the axes
+    height, (low, high) = -1.0, np.log(axes.get_ylim())
+    for above, (run, label), color in zip(reversed(range(len(lines))), lines, colors):
+        x, ppl = run[-1]["length"], run[-1]["ppl"]
         height = min(max((math.log(ppl) - low) / (high - low), height + gap), 1 - gap * above)
-        axes.text(1.02, height, label, color=color, va="center", transform=axes.transAxes)
+        label, width = (label, 0.8) if x == max(lengths) else (f"{label}, to {x}", 0)
+        axes.annotate(label, (x, ppl), (1.06, height), textcoords=axes.transAxes, color=color, va="center",
+                      arrowprops=dict(arrowstyle="-", linewidth=width, color=color))
     write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
 
 
@@ -251,8 +262,9 @@ class Parser(argparse.ArgumentParser):
         add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(bfloat16 on cuda)")
         add("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile, Triton (on cuda)")
         add("--lengths", type=number(int, 1), nargs="+", metavar="N", help="tested (1 to 16 x trained one)")
-        add("--window", type=number(int, 0), default=0, metavar="N", help="keys that a query sees (all)")
-        add("--logn", action="store_true", help="queries times max(1, ln(place) / ln(trained length)) (off)")
+        add("--window", type=number(int, 0), default=0, metavar="N", help="keys that a query sees, 0 for all")
+        add("--logn", action=argparse.BooleanOptionalAction, default=False,
+            help="queries times max(1, ln(place) / ln(trained length))")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -316,6 +328,7 @@ def get_args():
     add("--batch_tokens", type=number(int, 1), default=16384, metavar="N", help="tokens in a batch (16384)")
     add("--csv", metavar="FILE", help="write the table")
     add("--plot", metavar="FILE", help="draw the figure (needs matplotlib)")
+    parser.set_defaults(window=None, logn=None)     # as in the checkpoint
     return parser.parse_args()
 
 
@@ -324,7 +337,10 @@ def main():
     device, dtype = pick_device(args)
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib")
-    changes = {key: vars(args)[key] for key in ("window", "logn") if vars(args)[key]}
+    for file in filter(None, (args.csv, args.plot)):
+        if Path(file).suffix in (".pt", ".txt", ".tokens") and Path(file).is_file():    # --csv out/*/ckpt.pt
+            raise UserError(f"{file} is there, a checkpoint or a text: name a .csv or a .png to write")
+    changes = {key: vars(args)[key] for key in ("window", "logn") if vars(args)[key] is not None}
 
     # all that can be wrong is found before the first measurement
     jobs, units = [], set()

@@ -2,7 +2,7 @@
 
     x = pos.embed(wte(idx), i)
     q, k = pos.rotate(q, k, i)
-    scores = q k' / sqrt(D) + pos.bias(i, j)        # softmax over i - window < j <= i
+    scores = q k' / sqrt(D) + pos.bias(i, j)        # softmax over j <= i, of these the last `window`
 
 Shapes: B sequences, T tokens, C width (n_embd), H heads, D = C / H, V vocabulary.
 Positions, i of queries and j of keys, are float32: fractions and offsets are positions too.
@@ -165,7 +165,7 @@ class T5(Position):
 
 
 class ALiBi(Position):
-    """score - m_h (i - j), m_h = 2^(-8h/H), h from 1 (Press et al. 2108.12409)."""
+    """score - m_h (i - j), m_h = 2^(-8h/H), h from 1, for H a power of 2 (Press et al. 2108.12409)."""
 
     def bias(self, i, j):
         # beyond n heads, the largest power of two, every other slope of 2n heads: h = 1 .. n, 1/2, 3/2, ...
@@ -191,7 +191,7 @@ class Kerple(Position):
 
 
 class Sandwich(Position):
-    """score + (sum_n cos((i - j) / 10000^(n/64)) - 64) H / 8h, n = 1 .. 64 (Chi et al. 2212.10356)."""
+    """score + (sum_n cos((i - j) / 10000^(n/64)) - 64) H / (8h), n = 1 .. 64 (Chi et al. 2212.10356)."""
 
     def bias(self, i, j):
         H = self.config.n_head

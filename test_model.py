@@ -207,6 +207,9 @@ def fire(pos, h, i, j):
     return two.bias[h].item() + sum(w * a for w, a in zip(two.weight[h].tolist(), hidden))
 
 
+# encodings with a table that ends
+LIMITED = [name for name, encoding in POSITIONS.items() if issubclass(encoding, POSITIONS["learned"])]
+
 # name: score(pos, q, k, head from 0, i, j), or (that, what coordinate n of the embedding at i gets)
 NAIVE = {
     "none": lambda pos, q, k, h, i, j: dot(q, k),
@@ -264,7 +267,7 @@ def naive_loss(model, idx, targets, window=0, logn=False):
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_model_is_its_formula(pos, window, logn):
     T = 24
-    model = tiny_model(pos, window=window, logn=logn, block_size=T if pos == "learned" else 16)
+    model = tiny_model(pos, window=window, logn=logn, block_size=T if pos in LIMITED else 16)
     for weight in model.blocks.parameters():
         weight.data *= 12 if weight.dim() == 2 else 1       # so that attention matters
     if pos == "fire":
@@ -333,7 +336,7 @@ def test_shift_invariance(pos, monkeypatch):
     """Only distances matter: to relative encodings. FIRE sees the place beyond its threshold of 512 L."""
     model, ids = tiny_model(pos, random_positions=64), tokens(16)
     here = model.trunk(ids)
-    spaced = torch.arange(16.0) * 4 + (3 if pos == "learned" else 1000)
+    spaced = torch.arange(16.0) * 4 + (3 if pos in LIMITED else 1000)
     monkeypatch.setattr(model.pos, "positions", lambda T, device: spaced)
     distance = (model.trunk(ids) - here).abs().max()
     absolute = type(model.pos).embed is not Position.embed or not model.pos.relative
@@ -923,12 +926,12 @@ def test_evaluation_leaves_training_alone():
 def test_by_position(here):
     """The bins, weighted by their counts, give the loss of the whole."""
     out = works("eval out/alibi --lengths 12 --by_position --csv t.csv")
-    found = re.findall(r"alibi at 12, having seen (\d+) to (\d+) tokens: loss ([\d.]+)", out)
-    assert [(int(a), int(b)) for a, b, _ in found] == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 12)]
+    found = re.findall(r"alibi at 12, position (\d+) to (\d+): loss ([\d.]+) over (\d+) targets, out/al", out)
+    assert [(int(a), int(b)) for a, b, *_ in found] == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 12)]
     [row] = read_csv("t.csv")
-    count = [sum(a <= n % 12 + 1 <= b for n in range(int(row["tokens"]))) for a, b in
-             [(int(a), int(b)) for a, b, _ in found]]
-    mean = np.average([float(loss) for *_, loss in found], weights=count)
+    count = [sum(int(a) <= n % 12 + 1 <= int(b) for n in range(int(row["tokens"]))) for a, b, *_ in found]
+    assert count == [int(targets) for *_, targets in found]
+    mean = np.average([float(loss) for _, _, loss, _ in found], weights=count)
     assert mean == pytest.approx(float(row["loss"]), abs=1e-3)
 
 
@@ -956,7 +959,24 @@ def test_a_folder_of_runs(here):
     works("train --data other --out_dir deep/er")
     assert "alibi on other" in works("eval out deep")
     assert "alibi on other" not in works("eval out/alibi --data other")
-    assert len(re.findall("^alibi", works("eval out/alibi deep/er/alibi --data corpus"), re.M)) == 2
+    works("train --n_embd 32 --out_dir wide")
+    out = works("eval out/alibi deep/er/alibi wide out/learned --data corpus --lengths 8")
+    assert re.findall(r"^(\w.*?) +8 ", out, re.M) == [
+        "alibi in out/alibi", "alibi in deep/er/alibi", "alibi in wide/alibi", "learned"]
+
+
+def test_options_of_the_checkpoint(here):
+    """A window and log n of the training hold unless others are named; 0 and --no-logn end them."""
+    works("train --window 4 --logn --out_dir new")
+    losses = []
+    for flags in ("", "--window 4 --logn", "--window 0", "--window 99", "--no-logn", "--window 0 --no-logn"):
+        works(f"eval new --lengths 16 --csv t.csv {flags}")
+        [row] = read_csv("t.csv")
+        losses.append(float(row["loss"]))
+    assert (row["window"], row["logn"]) == ("0", "0")
+    kept, same, all_seen, wide, plain, neither = losses
+    assert kept == same and all_seen == pytest.approx(wide, rel=1e-5)
+    assert len({round(loss, 5) for loss in (kept, all_seen, plain, neither)}) == 4
 
 
 def test_seeds_share_a_row(here):
@@ -967,10 +987,11 @@ def test_seeds_share_a_row(here):
     _, _, mean, std, learned, end, other, *_ = works("eval seeds --lengths 8 16 --csv t.csv").splitlines()
     ppl = [[float(r["ppl"]) for r in read_csv("t.csv") if (r["pos"], r["length"]) == ("alibi", n)]
            for n in ("8", "16")]
-    assert mean.split()[:4] == ["alibi", "8", *(f"{sum(three) / 3:.2f}" for *three, _ in ppl)]
+    assert mean.split()[:6] == ["alibi", "in", "seeds/1/alibi", "8",
+                                *(f"{sum(three) / 3:.2f}" for *three, _ in ppl)]
     squares = [sum((x - sum(three) / 3) ** 2 for x in three) for *three, _ in ppl]
     assert std.split() == ["std", "of", "3", *(f"{math.sqrt(total / 2):.2f}" for total in squares)]
-    assert other.split()[:4] == ["alibi", "8", *(f"{one:.2f}" for *_, one in ppl)]
+    assert other.split()[:6] == ["alibi", "in", "seeds/4/alibi", "8", *(f"{one:.2f}" for *_, one in ppl)]
     assert learned.split()[3:] == ["-", "fails", "from", "16"] and end.split()[4:] == ["-"]
 
 
@@ -1258,6 +1279,7 @@ def test_stopped_and_resumed(flags, number, interval, here, monkeypatch, capfd):
         assert code == 128 + number and err.strip().count("\n") == 0 and out.splitlines()[-1] == (
             f"stopped after step {step}: --resume goes on from parts/{pos}/ckpt.pt")
         assert load(f"parts/{pos}")["step"] == step
+        assert ("starts anew" in out) == (step == 2)
     works(f"{command} parts --resume --eval_interval 1")
     assert results(f"parts/{pos}") == results(f"whole/{pos}")
 
@@ -1302,6 +1324,23 @@ def test_more_steps(here):
     out = works("train --resume --max_iters 9")
     assert "alibi: --max_iters was 6, the learning rate jumps to 4.50e-03\n" in out
     assert "jumps" not in works("train --resume --max_iters 9")
+
+
+def test_summary_is_of_the_last_step(here, monkeypatch):
+    """Stopped between two evaluations and ended there: no older step's loss stands for the last one's."""
+    get_batch = train.get_batch
+
+    def interrupt(tokens, args, first, rows):
+        if first == 4 * args.batch_size:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return get_batch(tokens, args, first, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "get_batch", interrupt)
+        assert call("train --out_dir new").code == 143
+    assert load("new/alibi")["step"] == 5 and [row[0] for row in load("new/alibi")["log"]] == [3]
+    assert re.search(r"^alibi .* nan  ", works("train --out_dir new --resume --max_iters 5"), re.M)
+    works("train --out_dir new --resume")
 
 
 def test_log_is_that_of_the_checkpoint(here):
@@ -1506,8 +1545,9 @@ def values(program, phrase, words):
 values("train", "invalid int value: '{}'", "n_layer=x n_layer=1.5")
 values("train", "invalid float value: 'fast'", "learning_rate=fast")
 values("train", "expected one argument", "n_layer=")
-values("train", "{} is not from 1 to 1000000000", "n_layer=0 n_layer=-1 lengths=0 batch_size=0 grad_accum=0 "
+values("train", "{} is not from 1 to 1000000000", "n_layer=0 n_layer=-1 lengths=0 grad_accum=0 "
        "max_iters=0 eval_interval=0 block_size=0")
+values("train", "{} is not from 1 to 1000000\n", "batch_size=0 batch_size=1000000000")
 values("train", "{} is not from 0 to ", "dropout=2 dropout=1 attn_dropout=-0.1 learning_rate=nan "
        "learning_rate=inf learning_rate=-1 seed=-1 seed=9999999999 window=-1 warmup_iters=-1 grad_clip=nan "
        "weight_decay=-1 random_positions=-8")
@@ -1624,6 +1664,8 @@ case("eval out/alibi --csv corpus/train.txt/table.csv", "cannot write corpus/tra
 case("eval out/alibi --csv corpus", "cannot write corpus")
 case("eval out/alibi --plot corpus/train.txt/figure.png", "cannot write corpus/train.txt/figure")
 case("eval out/alibi --plot figure.txt", "figure.txt")
+case("eval --csv out/alibi/ckpt.pt out/rotary", "ckpt.pt is there, a checkpoint or a text: name a .csv")
+case("eval out/alibi --plot corpus/valid.txt", "corpus/valid.txt is there, a checkpoint or a text")
 
 
 @pytest.mark.parametrize("command, phrase, make", CASES)
@@ -1743,6 +1785,15 @@ def test_stopped_before_the_first_evaluation(here, monkeypatch):
     works("train --out_dir new --resume --max_iters 2")
 
 
+def test_name_that_is_not_utf8(here):
+    """Twice: the table is read and written again."""
+    folder = os.fsdecode(b"ou\xff")
+    for pos in ("alibi", "none"):
+        works(f"train --out_dir {folder} --pos {pos}")
+    table = Path(folder, "extrapolation.csv").read_bytes()
+    assert table.count(b"ou\xff/alibi/ckpt.pt") == table.count(b"ou\xff/none/ckpt.pt") == 5
+
+
 def test_folder_called_nan(here):
     works("train --out_dir finance")
     assert "finance/alibi/ckpt.pt" in str(read_csv("finance/extrapolation.csv"))
@@ -1798,7 +1849,7 @@ def fuzz(seed, pos):
     assert np.isfinite([[float(x) for x in line[1:]] for line in log[1:]]).all()
     assert all(math.isfinite(float(row[key])) for row in rows for key in ("loss", "ppl"))
     assert all(int(row["tokens"]) == targets for row in rows)
-    assert pos == "learned" or len(rows) == len(set(lengths)) * (1 + len(extensions))
+    assert pos in LIMITED or len(rows) == len(set(lengths)) * (1 + len(extensions))
     shutil.rmtree(folder)
 
 

@@ -33,7 +33,7 @@ PRESETS = ("quick", "small", "paper")
 SETTINGS = {    # the value in each preset, its type and meaning; the paper trained with NAG, here it is AdamW
     "data": ("stdlib", "wikitext-103", "wikitext-103", str, "wikitext-103, wikitext-2, stdlib or a folder"),
     "block_size": (64, 512, 512, positive, "the trained length, in tokens"),
-    "batch_size": (8, 64, 18, positive, "sequences in a micro-batch, over all processes"),
+    "batch_size": (8, 64, 18, number(int, 1, 10 ** 6), "sequences in a micro-batch, over all processes"),
     "grad_accum": (1, 1, 8, positive, "micro-batches in a step"),
     "max_iters": (1000, 30000, 286000, positive, "steps"),
     "n_layer": (3, 12, 16, positive, "layers"),
@@ -47,7 +47,7 @@ SETTINGS = {    # the value in each preset, its type and meaning; the paper trai
     "weight_decay": (0.1, 0.1, 0.0, real, "of matrices"),
     "grad_clip": (1.0, 1.0, 0.1, real, "the gradient's norm at most; 0 is off"),
     "eval_interval": (500, 1000, 2000, positive, "steps from one evaluation and checkpoint to the next")}
-# a resumed run may change these flags; its corpus is compared by content
+# a resumed run may change these flags; its training text is compared by content
 MAY_CHANGE = ("preset data data_dir out_dir device dtype compile resume overwrite lengths max_iters "
               "eval_interval").split()
 LOG_HEADER = ["step", "train_loss", "valid_loss", "lr", "tokens_per_s"]
@@ -226,7 +226,8 @@ def train(path, config, corpus, args, device, dtype):
         print(f"stopped after step {step}: --resume goes on from {path}")
         sys.exit(128 + stop[0])
 
-    _, _, valid, _, speed = log[-1] if log else [math.nan] * 5
+    measured = {row[0]: row for row in log}     # not so where it was stopped between two evaluations
+    _, _, valid, _, speed = measured.get(step, [math.nan] * 5)
     return model, valid, speed
 
 
@@ -272,6 +273,8 @@ def main():
         checkpoint = checkpoint_to_resume(path, config, args, corpus.digest)
         if RANK == 0 and not args.overwrite:        # also finds out whether it can be written
             write_csv(path.with_name("log.csv"), LOG_HEADER, checkpoint["log"] if checkpoint else [])
+        if args.resume and not checkpoint:
+            print(f"{pos}: there is no {path} yet, it starts anew")
         jobs.append((path, config))
 
     groups, speeds = [], []
