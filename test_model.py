@@ -1123,6 +1123,8 @@ def split_table(table):
 
 
 RESULTS = re.findall(r"\((assets/\w+\.csv)\)[^|]*?\n\n(\| encoding \| \d.*\n(?:\|.*\n)+)", README)
+BY_POSITION = re.findall(
+    r"\((assets/\w+_by_position\.csv)\)(?s:.*?)\n\n(\| loss having seen .*\n(?:\|.*\n)+)", README)
 
 
 def test_readme_lists_every_encoding():
@@ -1133,6 +1135,7 @@ def test_readme_lists_every_encoding():
 
 def test_every_table_of_the_readme_has_a_csv():
     assert len(RESULTS) == len(re.findall(r"\n\| encoding \| \d", README)) > 1
+    assert len(BY_POSITION) == README.count("\n| loss having seen") > 0
 
 
 @pytest.mark.parametrize("file, table", RESULTS)
@@ -1209,12 +1212,12 @@ def test_speeds_of_the_readme():
         assert cells == [f"{x:.2f}" for x in [statistics.median(ratios), *ratios]]
 
 
-def test_losses_by_position_of_the_readme():
+@pytest.mark.parametrize("file, table", BY_POSITION)
+def test_losses_by_position_of_the_readme(file, table):
     loss = {}
-    for row in read_csv(PROJECT / "assets/bytes_by_position.csv"):
+    for row in read_csv(PROJECT / file):
         span = row["first"] if row["first"] == row["last"] else f"{row['first']} to {row['last']}"
         loss.setdefault((row["pos"], span), []).append(float(row["loss"]))
-    [table] = re.findall(r"\| loss having seen .*\n(?:\|.*\n)+", README)
     head, rows = split_table(table)
     assert len(rows) * len(head) == len(loss)
     for name, cells in rows.items():
