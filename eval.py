@@ -117,7 +117,8 @@ def report(groups, unit, path, keep=False):
     A group is a list of runs that differ in their seeds, a run a list of rows from measure."""
     runs = [average(group) for group in groups]
     first, lengths = runs[0][0], sorted({row["length"] for run in runs for row in run})
-    wide = max(len(label) for label in ["std of 10", *labels(runs)])
+    names = labels(runs)
+    wide = max(map(len, ["std of 10", *names]))
     protocol = f"sliding by {first['stride']}" if first["stride"] else "non-overlapping"
 
     def line(label, trained, run, key):
@@ -127,9 +128,8 @@ def report(groups, unit, path, keep=False):
 
     lines = [f"perplexity per {unit}, {first['split']} split, {protocol}, by length in tokens",
              f"{'encoding':{wide}} trained" + "".join(f"{length:>9}" for length in lengths)]
-    for label, run in zip(labels(runs), runs):
-        trained = run[0]["train_length"]
-        lines.append(line(label, trained, run, "ppl") + f"  {verdict(run)}".rstrip())
+    for label, run in zip(names, runs):
+        lines.append(line(label, run[0]["train_length"], run, "ppl") + f"  {verdict(run)}".rstrip())
         if run[0]["runs"] > 1:
             lines.append(line(f"std of {run[0]['runs']}", "", run, "std"))
     try:

@@ -226,8 +226,8 @@ def train(path, config, corpus, args, device, dtype):
         print(f"stopped after step {step}: --resume goes on from {path}")
         sys.exit(128 + stop[0])
 
-    measured = {row[0]: row for row in log}     # not so where it was stopped between two evaluations
-    _, _, valid, _, speed = measured.get(step, [math.nan] * 5)
+    measured = log and log[-1][0] == step       # not where it was stopped between two evaluations
+    _, _, valid, _, speed = log[-1] if measured else [math.nan] * 5
     return model, valid, speed
 
 
