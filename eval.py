@@ -337,9 +337,11 @@ def main():
     device, dtype = pick_device(args)
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib")
-    for file in filter(None, (args.csv, args.plot)):
-        if Path(file).suffix in (".pt", ".txt", ".tokens") and Path(file).is_file():    # --csv out/*/ckpt.pt
-            raise UserError(f"{file} is there, a checkpoint or a text: name a .csv or a .png to write")
+    if args.plot and Path(args.plot).suffix.lower() not in ("", ".png", ".jpg", ".svg", ".pdf"):
+        raise UserError(f"--plot {args.plot}: name a .png, .jpg, .svg or .pdf")
+    if args.csv and Path(args.csv).suffix in (".pt", ".txt", ".tokens") and Path(args.csv).is_file():
+        # --csv out/*/ckpt.pt
+        raise UserError(f"{args.csv} is there, a checkpoint or a text: name a .csv to write")
     changes = {key: vars(args)[key] for key in ("window", "logn") if vars(args)[key] is not None}
 
     # all that can be wrong is found before the first measurement

@@ -1551,9 +1551,10 @@ values("train", "expected one argument", "n_layer=")
 values("train", "{} is not from 1 to 1000000000", "n_layer=0 n_layer=-1 lengths=0 grad_accum=0 "
        "max_iters=0 eval_interval=0 block_size=0")
 values("train", "{} is not from 1 to 1000000\n", "batch_size=0 batch_size=1000000000")
+values("train", "{} is not from 0 to 1000000\n", "random_positions=-8 random_positions=1000000000")
 values("train", "{} is not from 0 to ", "dropout=2 dropout=1 attn_dropout=-0.1 learning_rate=nan "
        "learning_rate=inf learning_rate=-1 seed=-1 seed=9999999999 window=-1 warmup_iters=-1 grad_clip=nan "
-       "weight_decay=-1 random_positions=-8")
+       "weight_decay=-1")
 values("train", "invalid choice: '{}' (choose from ",
        "device=tpu dtype=float16 tokenizer=bpe pos=alibo preset=quik")
 values("eval out/alibi", "{} is not from ", "lengths=0 stride=0 window=-1")
@@ -1666,9 +1667,9 @@ case("train --out_dir corpus/train.txt --max_iters 99999 --eval_interval 99999",
 case("eval out/alibi --csv corpus/train.txt/table.csv", "cannot write corpus/train.txt/table.csv")
 case("eval out/alibi --csv corpus", "cannot write corpus")
 case("eval out/alibi --plot corpus/train.txt/figure.png", "cannot write corpus/train.txt/figure")
-case("eval out/alibi --plot figure.txt", "figure.txt")
+for file in ("figure.csv", "corpus/valid.txt", "out/alibi/ckpt.pt"):
+    case(f"eval out/alibi --plot {file}", f"--plot {file}: name a .png, .jpg, .svg or .pdf")
 case("eval --csv out/alibi/ckpt.pt out/rotary", "ckpt.pt is there, a checkpoint or a text: name a .csv")
-case("eval out/alibi --plot corpus/valid.txt", "corpus/valid.txt is there, a checkpoint or a text")
 
 
 @pytest.mark.parametrize("command, phrase, make", CASES)

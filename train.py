@@ -70,7 +70,8 @@ def get_args():
     add("--tokenizer", choices=("word", "byte"), help="of the text (byte for stdlib, else word)")
     folder = f"out/{PRESETS[preset]}"
     add("--out_dir", default=folder, metavar="DIR", help=f"each run has a folder in it ({folder})")
-    add("--random_positions", type=natural, default=0, metavar="N", help="random, below N, in training (off)")
+    add("--random_positions", type=number(int, 0, 10 ** 6), default=0, metavar="N",
+        help="random, below N, in training (off)")
     add("--seed", type=number(int, 0, 2 ** 31), default=1337, help="of weights, batches and dropout (1337)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
