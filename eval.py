@@ -335,10 +335,12 @@ def get_args():
 def main():
     args = get_args()
     device, dtype = pick_device(args)
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise UserError("--plot needs matplotlib: pip install matplotlib")
-    if args.plot and Path(args.plot).suffix.lower() not in ("", ".png", ".jpg", ".svg", ".pdf"):
-        raise UserError(f"--plot {args.plot}: name a .png, .jpg, .svg or .pdf")
+    if args.plot:
+        if not importlib.util.find_spec("matplotlib"):
+            raise UserError("--plot needs matplotlib: pip install matplotlib")
+        from matplotlib.backend_bases import FigureCanvasBase
+        if Path(args.plot).suffix[1:].lower() not in ("", *FigureCanvasBase.filetypes):
+            raise UserError(f"--plot {args.plot}: name a .png, .jpg, .svg or .pdf")
     if args.csv and Path(args.csv).suffix in (".pt", ".txt", ".tokens") and Path(args.csv).is_file():
         # --csv out/*/ckpt.pt
         raise UserError(f"{args.csv} is there, a checkpoint or a text: name a .csv to write")

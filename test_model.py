@@ -1667,7 +1667,7 @@ case("train --out_dir corpus/train.txt --max_iters 99999 --eval_interval 99999",
 case("eval out/alibi --csv corpus/train.txt/table.csv", "cannot write corpus/train.txt/table.csv")
 case("eval out/alibi --csv corpus", "cannot write corpus")
 case("eval out/alibi --plot corpus/train.txt/figure.png", "cannot write corpus/train.txt/figure")
-for file in ("figure.csv", "corpus/valid.txt", "out/alibi/ckpt.pt"):
+for file in ("figure.csv", "figure.txt", "corpus/valid.txt", "out/alibi/ckpt.pt"):
     case(f"eval out/alibi --plot {file}", f"--plot {file}: name a .png, .jpg, .svg or .pdf")
 case("eval --csv out/alibi/ckpt.pt out/rotary", "ckpt.pt is there, a checkpoint or a text: name a .csv")
 
