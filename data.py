@@ -3,6 +3,8 @@
     corpus = load("wikitext-103", "word", "data")       # or "wikitext-2", "stdlib", or a folder
     corpus.train, corpus.valid, corpus.test             # (tokens,), one id each
     corpus.words                                        # the vocabulary by id, empty for bytes
+
+Any text can be read under the vocabulary of a trained model: read_split(find_files(...)[split], words).
 """
 import csv
 import functools
@@ -32,6 +34,12 @@ MIRROR = "https://wikitext.smerity.com/"        # the original on S3 is gone
 
 class UserError(Exception):
     """What a user can put right: one line that says what is wrong and what would be right."""
+
+
+def check(condition, message):
+    """Raises UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def write_whole(path, write, mark=""):
@@ -66,14 +74,8 @@ def load(name, tokenizer, data_dir):
         return Corpus(*splits, words.split())
     words = read_words(files["train"]) if tokenizer == "word" else []
     splits = [read_split(files[split], words) for split in SPLITS]
-    content = [*splits, " ".join(words)]
-    write_whole(cache, lambda file: torch.save(content, file), mark=os.getpid())
+    write_whole(cache, lambda file: torch.save([*splits, " ".join(words)], file), mark=os.getpid())
     return Corpus(*splits, words)
-
-
-def load_split(name, split, words, data_dir):
-    """(tokens,) ids of one split under a given vocabulary: any text for a trained model. Raises UserError."""
-    return read_split(find_files(name, [split], data_dir)[split], words)
 
 
 # ---- tokenisers -----------------------------------------------------------------------------------
@@ -87,10 +89,9 @@ def read_words(paths):
 
 
 def read_split(paths, words):
-    """(tokens,) ids of a text: bytes, or words of the vocabulary; a word that it lacks is <unk>."""
+    """(tokens,) ids of a text: bytes, or words of a vocabulary; a word that it lacks is <unk>."""
     if not words:
-        content = b"".join(path.read_bytes() for path in paths)
-        return torch.from_numpy(np.frombuffer(bytearray(content), np.uint8))
+        return torch.from_numpy(np.frombuffer(bytearray().join(map(Path.read_bytes, paths)), np.uint8))
     ids = {word: n for n, word in enumerate(words)}
     unk = ids["<unk>"]
     text = chain.from_iterable(read_lines(paths))
@@ -123,20 +124,17 @@ def find_files(name, splits, data_dir):
     if name in SHA256:
         fetch(name, folder)
         return find_files(name, splits, data_dir)
-    wanted = ",".join(splits)
-    raise UserError(f"no corpus {name}: name {', '.join(SHA256)}, stdlib, or a folder "
-                    f"with wiki.{{{wanted}}}.tokens or {{{wanted}}}.txt")
+    raise UserError(f"no corpus {name}: it is wikitext-103, wikitext-2, stdlib, or a folder "
+                    "with wiki.{train,valid,test}.tokens or {train,valid,test}.txt")
 
 
 @functools.cache      # to walk through it takes a second
 def stdlib_files():
     """The running Python's own library: of each hundred files one is for validation, one for test."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skip = {"site-packages", "dist-packages", "test", "tests"}
-    files = sorted(path for path in root.rglob("*.py") if not skip.intersection(path.relative_to(root).parts))
+    root, skip = Path(sysconfig.get_path("stdlib")), {"site-packages", "dist-packages", "test", "tests"}
+    files = sorted(path for path in root.rglob("*.py") if skip.isdisjoint(path.relative_to(root).parts))
     valid, test = files[49::100], files[99::100]
-    train = [path for path in files if path not in valid + test]
-    return {"train": train, "valid": valid, "test": test}
+    return {"train": sorted({*files} - {*valid, *test}), "valid": valid, "test": test}
 
 
 def fetch(name, folder):
@@ -144,18 +142,16 @@ def fetch(name, folder):
     archive = folder.with_name(f"{name}-v1.zip")
     try:
         content = archive.read_bytes() if archive.exists() else download(MIRROR + archive.name)
-        if hashlib.sha256(content).hexdigest() != SHA256[name]:
-            raise OSError("its sha256 is wrong")
     except OSError as error:
-        raise UserError(f"no {archive.name} from {MIRROR} ({error}): put the real one "
-                        f"into {folder.parent.resolve()}, or use --data stdlib") from error
+        raise UserError(f"no {archive.name} from {MIRROR} ({error}): put it into {folder.parent}") from error
+    right = hashlib.sha256(content).hexdigest() == SHA256[name]
+    check(right, f"the sha256 of {archive.name} is wrong: put the real one into {folder.parent}")
     for split in SPLITS:
         text = zipfile.ZipFile(io.BytesIO(content)).read(f"{name}/wiki.{split}.tokens")
         write_whole(folder / f"wiki.{split}.tokens", lambda file: file.write(text), mark=os.getpid())
 
 
 def download(url):
-    """The bytes at an address. Raises OSError."""
     # the mirror refuses urllib's own User-Agent
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
     with urllib.request.urlopen(request, timeout=30) as response:

@@ -12,14 +12,14 @@ import argparse
 import math
 import os
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import UserError, load_split, write_csv, write_whole
+from data import UserError, check, find_files, read_split, write_csv, write_whole
 from model import EXTENSIONS, GPT, GPTConfig, fits
 
 
@@ -64,14 +64,12 @@ def mean_std(ppl):
 
 def verdict(trained, by_length):
     """holds, or from which length on it fails; nothing without the trained length and a longer one."""
-    longer = sorted(length for length in by_length if length > trained)
-    if not longer or trained not in by_length:
+    if trained not in by_length or max(by_length) <= trained:
         return ""
     limit = 1.01 * np.mean(by_length[trained])
-    for length in longer:
-        if not np.mean(by_length[length]) <= limit < math.inf:
-            return f"fails from {length}"
-    return "holds"
+    longer = [length for length in sorted(by_length) if length > trained]
+    fails = [length for length in longer if not np.mean(by_length[length]) <= limit < math.inf]
+    return f"fails from {fails[0]}" if fails else "holds"
 
 
 def cell(ppl):
@@ -85,34 +83,32 @@ def cell(ppl):
 
 def print_table(results, heading):
     lengths = sorted({length for by_length in results.values() for length in by_length})
-    wide = max(len(label) for label, _ in results)
+    wide = max(len(label) for label, _ in [("encoding", 0), *results])
     size = 2 + max(len(cell(ppl)) for by_length in results.values() for ppl in by_length.values())
     print(heading)
     print(f"{'encoding':{wide}} trained" + "".join(f"{length:{size}}" for length in lengths))
     for (label, trained), by_length in results.items():
         cells = [cell(by_length.get(length, [math.nan])) for length in lengths]
         line = f"{label:{wide}} {trained:7}" + "".join(text.rjust(size) for text in cells)
-        print(f"{line}  {verdict(trained, by_length)}")
-    print("fails: more than 1% above the perplexity at the trained length, or - where the encoding's end is")
+        print(f"{line}  {verdict(trained, by_length)}".rstrip())
+    print("fails: over 1% above the trained length's perplexity, or -, beyond the last position")
 
 
 def plot(results, path, unit):
-    """Like the paper's Figure 1: perplexity against length, with the standard deviation over seeds."""
+    """Like the paper's Figure 1: perplexity against length, one std over seeds, dashed the trained length."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in tokens (dashed: trained)",
-                              ylabel=f"perplexity per {unit}")
-    def end(line):
-        means = [np.mean(ppl) for ppl in line[1].values()]
-        return [x for x in means if not math.isnan(x)][-1:]
 
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="length in tokens", ylabel=f"perplexity per {unit}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     # the legend has the lines in the order of their ends
-    for (label, trained), by_length in sorted(results.items(), key=end, reverse=True):
+    lines = sorted(results.items(), key=lambda line: -np.nan_to_num(np.mean(line[1][max(line[1])])))
+    for (label, trained), by_length in lines:
         means, stds = zip(*map(mean_std, by_length.values()))
         axes.errorbar(list(by_length), means, stds, label=label, marker="o", capsize=3)
         axes.axvline(trained, color="grey", linestyle="--", linewidth=1)
     axes.legend()
-    axes.xaxis.set_major_formatter("{x:g}")
     write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
 
 
@@ -120,13 +116,11 @@ def plot(results, path, unit):
 
 
 def find_checkpoints(paths):
-    """Each is a file, or a folder with ckpt.pt in it or below. Raises UserError."""
+    """Each is a checkpoint, or a folder with ckpt.pt in it or below."""
     found = []
-    for path in map(Path, paths):
+    for path in paths:
         below = [Path(folder, "ckpt.pt") for folder, _, files in os.walk(path) if "ckpt.pt" in files]
-        if not path.is_file() and not below:
-            raise UserError(f"no ckpt.pt in {path}: name a checkpoint, a run's folder, or a folder of runs")
-        found += sorted(below) or [path]
+        found += sorted(below) or [Path(path)]
     return list(dict.fromkeys(found))
 
 
@@ -144,64 +138,59 @@ def load_checkpoint(path, **changes):
 # ---- the command line -----------------------------------------------------------------------------
 
 
-def common_flags():
-    """A parser for the flags that train.py has as well."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def make_parser(doc, epilog=None):
+    """A parser with the flags that both programs have."""
+    raw, optional = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--data_dir", default="data", metavar="DIR", help="downloads and caches (data)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to run on (the best)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(bfloat16 on cuda)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile, Triton (on cuda)")
+    add("--compile", action=optional, help="with torch.compile, Triton (on cuda)")
     add("--lengths", type=int, nargs="+", metavar="N", help="to test at (1 to 16 times the trained one)")
     add("--window", type=int, metavar="N", help="keys that a query sees, 0 for all")
-    add("--logn", action=argparse.BooleanOptionalAction,
-        help="queries times max(1, ln(place) / ln(trained length))")
+    add("--logn", action=optional, help="queries times max(1, ln(place) / ln(trained length))")
     return parser
 
 
 def pick_device(args):
     """Puts a choice where --device, --dtype or --compile left one open. Raises UserError."""
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = best if args.device == "auto" else torch.device(args.device)
-    if device.type not in ("cpu", best.type):
-        raise UserError(f"--device {device}: torch finds none here; name {best} or auto")
-    args.device = device
+    found = torch.accelerator.current_accelerator(check_available=True)
+    best = found.type if found else "cpu"
+    check(args.device in ("auto", "cpu", best), f"--device {args.device}: torch finds none here, but {best}")
+    args.device = best if args.device == "auto" else args.device
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.compile is None:
-        args.compile = device.type == "cuda"
+        args.compile = args.device == "cuda"
 
 
 def pick_lengths(args, block_size, tokens, split, stride=1):
     """--lengths, or those that the text has room for. Raises UserError where one cannot be measured."""
     doubled = [block_size * 2 ** n for n in range(5)]
     lengths = sorted(args.lengths or [n for n in doubled if n < len(tokens)] or doubled[:1])
-    if lengths[0] < stride or lengths[-1] >= len(tokens):
-        raise UserError(f"--lengths {lengths}: none may be below --stride, here {stride}, "
-                        f"or reach the {len(tokens)} tokens of the {split} split")
+    fit = stride <= lengths[0] and lengths[-1] < len(tokens)
+    check(fit, f"--lengths {lengths}: from {stride} (--stride) to below the {len(tokens)} tokens of {split}")
     return lengths
 
 
 def run(main):
-    """Calls main; what a user can put right ends in one line on standard error and exit code 2."""
+    """Calls main; what a user can put right ends in one line on standard error and exit code 1."""
     try:
         main()
     except (UserError, OSError, ImportError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, parents=[common_flags()], allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT_OR_RUN_DIR", help="file, run's folder, or folder of runs")
     add("--data", metavar="NAME", help="corpus or folder (what the checkpoint was trained on)")
     add("--split", choices=("valid", "test"), default="valid", help="which text (valid)")
     add("--stride", type=int, metavar="N", help="sliding windows that move on by N tokens")
-    add("--extend", nargs="+", default=[], choices=EXTENSIONS, metavar="NAME",
-        help=f"a further row for each of {', '.join(EXTENSIONS)} that fits the encoding")
-    add("--by_position", action="store_true", help="loss against position in the window; --csv has it, too")
+    add("--extend", nargs="+", default=[], choices=EXTENSIONS, metavar="NAME", help=", ".join(EXTENSIONS))
+    add("--by_position", action="store_true", help="by position in the window, not by length alone")
     add("--batch_tokens", type=int, default=16384, metavar="N", help="tokens in a batch (16384)")
     add("--csv", metavar="FILE", help="write the table")
     add("--plot", metavar="FILE", help="draw the figure (needs matplotlib)")
@@ -209,20 +198,21 @@ def get_args(argv=None):
 
 
 def measure(model, tokens, args, row):
-    """Yields CSV rows of one model: one a length, or --by_position one for each span, of doubling size."""
+    """Yields a column of the table and a CSV row for each length, --by_position for each doubling span."""
     for length in pick_lengths(args, model.config.block_size, tokens, args.split, args.stride or 1):
         if row["extend"]:
-            extend, _ = EXTENSIONS[row["extend"]]
-            extend(model.pos, length)
-        sums = torch.full((2, length), math.nan)        # beyond the encoding's end
+            EXTENSIONS[row["extend"]][0](model.pos, length)
+        sums = torch.zeros(2, length)       # no targets beyond the last position: a loss of 0 / 0
         if length <= model.pos.max_length:
             sums = evaluate(model, tokens, length, args.stride, args.dtype, args.batch_tokens)
         inner = [2 ** n for n in range((length - 1).bit_length())] if args.by_position else []
         for first, last in pairwise([0, *inner, length]):
             total, count = sums[:, first:last].sum(1)
             loss = total / count
-            span = dict(first=first + 1, last=last) if args.by_position else {}
-            yield row | dict(length=length, tokens=int(count), loss=loss.item(), ppl=loss.exp().item()) | span
+            found = dict(length=length, tokens=int(count), loss=loss.item(), ppl=loss.exp().item())
+            if args.by_position:
+                found |= dict(first=first + 1, last=last)
+            yield found.get("first", length), row | found
 
 
 def main(args=None):
@@ -230,38 +220,37 @@ def main(args=None):
     pick_device(args)
     changes = {flag: vars(args)[flag] for flag in ("window", "logn") if vars(args)[flag] is not None}
     results, labels, rows, units = {}, {}, [], set()
-    for path in find_checkpoints(args.checkpoints):
-        for extension in ["", *dict.fromkeys(args.extend)]:
-            checkpoint, model = load_checkpoint(path, **changes)
-            config, recipe = model.config, checkpoint["recipe"]
-            if extension and not fits(config, extension):
-                continue
-            model.to(args.device)
-            if args.compile:
-                model.compile()
-            data = args.data or checkpoint["data"]
-            tokens = load_split(data, args.split, recipe["words"], args.data_dir)
-            units.add("word" if recipe["words"] else "byte")
-            row = dict(pos=config.pos, train_length=config.block_size, length=0, stride=args.stride,
-                       split=args.split, tokens=0, loss=0.0, ppl=0.0, extend=extension, window=config.window,
-                       logn=int(config.logn), random_positions=config.random_positions,
-                       seed=recipe["seed"], checkpoint=str(path), data=data)
+    for path, extension in product(find_checkpoints(args.checkpoints), ["", *dict.fromkeys(args.extend)]):
+        checkpoint, model = load_checkpoint(path, **changes)
+        config, recipe = model.config, checkpoint["recipe"]
+        if extension and not fits(config, extension):
+            continue
+        model.to(args.device)
+        if args.compile:
+            model.compile()
+        data = args.data or checkpoint["data"]
+        files = find_files(data, [args.split], args.data_dir)
+        tokens = read_split(files[args.split], recipe["words"])
+        units.add("word" if recipe["words"] else "byte")
+        row = dict(pos=config.pos, train_length=config.block_size, length=0, stride=args.stride,
+                   split=args.split, tokens=0, loss=0.0, ppl=0.0, extend=extension, window=config.window,
+                   logn=int(config.logn), random_positions=config.random_positions, seed=recipe["seed"],
+                   checkpoint=str(path), data=data)
 
-            # runs that differ in nothing but their seed share a label, another recipe has its folder in it
-            label = name(row)
-            recipe = repr((label, config, recipe | {"seed": 0}, checkpoint["step"]))
-            if recipe not in labels and (label, config.block_size) in labels.values():
-                label += f" in {path.parent}"
-            label, trained = labels.setdefault(recipe, (label, config.block_size))
-            for measured in measure(model, tokens, args, row):
-                line = f"{label} at {measured['length']}" if args.by_position else label
-                by_length = results.setdefault((line, trained), {})
-                by_length.setdefault(measured.get("last", measured["length"]), []).append(measured["ppl"])
-                rows.append(measured)
+        # runs that differ in nothing but their seed share a label, another recipe has its folder in it
+        label = name(row)
+        recipe = repr((label, config, recipe | {"seed": 0}, checkpoint["step"]))
+        if recipe not in labels and (label, config.block_size) in labels.values():
+            label += f" in {path.parent}"
+        label, trained = labels.setdefault(recipe, (label, config.block_size))
+        for column, measured in measure(model, tokens, args, row):
+            line = f"{label} at {measured['length']}" if args.by_position else label
+            results.setdefault((line, trained), {}).setdefault(column, []).append(measured["ppl"])
+            rows.append(measured)
 
     unit = " or ".join(sorted(units))
     protocol = f"sliding by {args.stride}" if args.stride else "non-overlapping"
-    columns = "position in the window, up to" if args.by_position else "length in tokens"
+    columns = "position in the window, from" if args.by_position else "length in tokens"
     print_table(results, f"perplexity per {unit}, {args.split} split, {protocol}, by {columns}")
     if args.csv:
         write_csv(args.csv, [row for row in rows if not math.isnan(row["loss"])])

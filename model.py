@@ -225,7 +225,7 @@ def interpolate(pos, length):
 def ntk(pos, length):
     """Rotary's base times s^(D/(D-2)), s = length / trained length (bloc97, r/LocalLLaMA 2023)."""
     D = pos.config.n_embd // pos.config.n_head
-    pos.base = Rotary.base * max(1.0, length / pos.config.block_size) ** (D / max(D - 2, 1))
+    pos.base = Rotary.base * max(1.0, length / pos.config.block_size) ** (D / (D - 2))
 
 
 def hierarchical(pos, length):
@@ -233,7 +233,7 @@ def hierarchical(pos, length):
 
     With a = 0.4. That is p_j + a / (1 - a) (p_i - p_0): the first n stay as they were, bit for bit."""
     n = pos.config.block_size
-    row = torch.arange(max(n, min(length, n * n)), device=pos.table.device)
+    row = torch.arange(n * n, device=pos.table.device)[:max(n, length)]
     p = pos.table.data[:n]
     pos.table = nn.Parameter(p[row % n] + 0.4 / 0.6 * (p[row // n] - p[0]))
 
@@ -271,9 +271,9 @@ def make_mask(pos, i, fused):
     window = pos.config.window or T
     if type(pos).bias is Position.bias and window >= T:
         return None
-    at_random = pos.training and pos.config.random_positions        # and so not evenly apart
     place = torch.arange(T, device=i.device)
-    if pos.relative and not at_random:
+    # at random positions the same distance in places is not the same distance
+    if pos.relative and not (pos.training and pos.config.random_positions):
         bias = pos.bias((i - i[0])[:, None], torch.zeros_like(i[:1, None]))[..., 0]         # (H, T)
         line = F.pad(bias.masked_fill(place >= window, -math.inf), (T - 1, 0), value=-math.inf)
         return (line, causal_blocks(T, window, i.device)) if fused else line.unfold(1, T, 1)
@@ -307,8 +307,7 @@ def attend(q, k, v, mask, window, dropout):
     for start in range(0, T, size):
         stop = min(start + size, T)
         keys = slice(T - stop, T - max(0, start - window + 1))
-        rows = mask[None, :, start:stop, keys].to(q.dtype)
-        queries = q[:, :, start:stop]
+        rows, queries = mask[None, :, start:stop, keys].to(q.dtype), q[:, :, start:stop]
         y.append(F.scaled_dot_product_attention(queries, k[:, :, keys], v[:, :, keys], rows, dropout))
     return torch.cat(y, 2)
 
@@ -333,13 +332,9 @@ class Block(nn.Module):
         self.act_dropout = nn.Dropout(config.act_dropout)
 
     def forward(self, x, i, pos, mask):
-        x = x + self.dropout(self.attention(self.ln_1(x), i, pos, mask))
-        hidden = self.act_dropout(F.relu(self.c_fc(self.ln_2(x)), inplace=True))
-        return x + self.dropout(self.mlp_proj(hidden))
-
-    def attention(self, x, i, pos, mask):
+        """(B, T, C), positions (T,), the layer's encoding and its mask -> (B, T, C)."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, -1)
+        qkv = self.c_attn(self.ln_1(x)).view(B, T, 3, self.config.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)        # (B, H, T, D)
         q, k = pos.rotate(q, k, i)
         if pos.config.logn:
@@ -347,7 +342,9 @@ class Block(nn.Module):
             q = (q * (place.log() / math.log(self.config.block_size)).clamp(min=1)).to(q.dtype)
         dropout = self.config.attn_dropout if self.training else 0.0
         y = attend(q, k, v, mask, pos.config.window, dropout)
-        return self.attn_proj(y.transpose(1, 2).reshape(B, T, C))
+        x = x + self.dropout(self.attn_proj(y.transpose(1, 2).reshape(B, T, C)))
+        hidden = self.act_dropout(F.relu(self.c_fc(self.ln_2(x)), inplace=True))
+        return x + self.dropout(self.mlp_proj(hidden))
 
 
 def head_loss(x, head, targets):
@@ -371,10 +368,10 @@ class Vocabulary(nn.Module):
         self.common = edges[0] if edges else V                  # how many types the head knows one by one
         self.head = nn.Parameter(torch.randn(self.common + len(edges), C) * 0.02)
         self.head_loss = head_loss
-        widths = [max(1, C // 4 ** (n + 1)) for n in range(len(edges))]
-        sizes = [(stop - start, width) for (start, stop), width in zip(self.bands, widths)]
-        self.tails = nn.ParameterList(torch.randn(size) * size[1] ** -0.5 for size in sizes)
-        self.projections = nn.ParameterList(torch.randn(width, C) * 0.02 for width in widths)
+        widths = [C // 4 ** (n + 1) for n in range(len(edges))]
+        sizes = zip((stop - start for start, stop in self.bands), widths)
+        self.tails = nn.ParameterList(torch.randn(rows, w) * w ** -0.5 for rows, w in sizes)
+        self.projections = nn.ParameterList(torch.randn(w, C) * 0.02 for w in widths)
 
     def forward(self, idx):
         """Embeddings: (B, T) -> (B, T, C)."""
@@ -415,7 +412,8 @@ class GPT(nn.Module):
 
     def compile(self):
         """Compiles what is worth it. Masks are not: in a graph a trained bias would lose its gradient."""
-        torch.compiler.reset()      # else all models of a process share one small allowance of recompilations
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 64       # graphs, for shapes and kinds of layers; beyond, none
         for block in self.blocks:
             block.compile()
         self.wte.head_loss = torch.compile(head_loss)
@@ -438,8 +436,7 @@ class GPT(nn.Module):
         """Loss in nats of the last S tokens' targets: (B, T), (B, S) -> (B, S)."""
         x = self.trunk(idx)[:, -targets.shape[1]:].flatten(0, 1)
         # in evaluation not all logits at once
-        logits = 2 ** (28 if x.is_cuda else 23)
-        rows = len(x) if torch.is_grad_enabled() else max(1, logits // self.config.vocab_size)
+        rows = len(x) if torch.is_grad_enabled() else 1 + 2 ** 24 // self.config.vocab_size
         pieces = zip(x.split(rows), targets.flatten().split(rows))
         return torch.cat([self.wte.loss(*piece) for piece in pieces]).view(targets.shape)
 

@@ -5,7 +5,6 @@ OUT_DIR at lengths they never saw.
     python train.py --preset small --pos sinusoidal alibi             # one GPU
     torchrun --nproc_per_node=2 train.py --preset paper --pos alibi   # two
 """
-import argparse
 import functools
 import math
 import os
@@ -20,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval as evaluation
-from data import UserError, load, write_csv, write_whole
+from data import UserError, check, load, write_csv, write_whole
 from model import GPT, POSITIONS, GPTConfig
 
 PRESETS = ("quick", "small", "paper")
@@ -40,8 +39,7 @@ SETTINGS = {    # the value in each preset and its meaning; the paper trained wi
     "warmup_iters": (100, 1000, 16000, "steps to the peak"),
     "weight_decay": (0.1, 0.1, 0.0, "of matrices"),
     "grad_clip": (1.0, 1.0, 0.1, "the gradient's norm at most; 0 is off"),
-    "eval_interval": (500, 1000, 2000, "steps from one evaluation and checkpoint to the next"),
-}
+    "eval_interval": (500, 1000, 2000, "steps from one evaluation and checkpoint to the next")}
 # what decides a run beside its model and its text: --resume insists on it
 RECIPE = ("seed tokenizer batch_size grad_accum max_iters learning_rate warmup_iters weight_decay grad_clip "
           "dtype").split()
@@ -50,9 +48,7 @@ RECIPE = ("seed tokenizer batch_size grad_accum max_iters learning_rate warmup_i
 def get_args():
     """The flags, over the preset's defaults."""
     encodings = [f"  {name:11} {encoding.__doc__.splitlines()[0]}" for name, encoding in POSITIONS.items()]
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="\n".join(["position encodings (--pos):", *encodings]),
-        parents=[evaluation.common_flags()], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = evaluation.make_parser(__doc__, "\n".join(["position encodings (--pos):", *encodings]))
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="values to start from (small)")
     asked = [arg for arg in sys.argv[1:] if arg not in ("-h", "--help")]
@@ -65,13 +61,11 @@ def get_args():
     add("--out_dir", default=f"out/{preset}", metavar="DIR", help=f"has a folder for each run (out/{preset})")
     add("--random_positions", type=int, default=0, metavar="N", help="random, below N, in training (off)")
     add("--seed", type=int, default=1337, help="of weights, batches and dropout (1337)")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
-    start.add_argument("--overwrite", action="store_true", help="start anew where a checkpoint lies")
+    add("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
+    add("--overwrite", action="store_true", help="delete OUT_DIR/NAME/ckpt.pt and start anew")
     parser.set_defaults(window=0, logn=False)
     args = parser.parse_args()
-    if args.n_embd % args.n_head:
-        parser.error(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}")
+    check(args.n_embd % args.n_head == 0, "--n_embd must be a multiple of --n_head")
     args.tokenizer = args.tokenizer or ("byte" if args.data == "stdlib" else "word")
     return args
 
@@ -82,25 +76,23 @@ def get_lr(step, args):
         return args.learning_rate * (step + 1) / args.warmup_iters
     progress = (step - args.warmup_iters) / (args.max_iters - args.warmup_iters)
     coeff = 0.5 * (1 + math.cos(math.pi * progress))        # from 1 to 0
-    min_lr = args.learning_rate / 10
-    return min_lr + coeff * (args.learning_rate - min_lr)
+    return args.learning_rate * (0.1 + 0.9 * coeff)
 
 
 @functools.lru_cache(maxsize=2)
-def block_order(blocks, seed, epoch):
+def order(blocks, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(blocks)
 
 
-def get_batch(tokens, args, first, rows):
-    """Inputs and targets, (rows, block_size) each: sequences first, first + 1, ... of the run.
+def get_batch(tokens, args, n):
+    """Inputs and targets, (rows, block_size) each, of micro-batch n of the run: this process's share.
 
     The text is cut into blocks; each epoch takes every block once, in an order that the seed decides."""
     blocks = tokens.unfold(0, args.block_size + 1, args.block_size)     # a view: (blocks, T + 1)
-    places = [divmod(n, len(blocks)) for n in range(first, first + rows)]
-    ids = blocks[[block_order(len(blocks), args.seed, epoch)[n] for epoch, n in places]].long()
-    if args.device.type == "cuda":      # pinned, so that the CPU need not wait for the copy
-        ids = ids.pin_memory().to(args.device, non_blocking=True)
-    ids = ids.to(args.device)
+    rows = args.batch_size // args.processes
+    first = n * args.batch_size + args.rank * rows
+    places = [divmod(k, len(blocks)) for k in range(first, first + rows)]
+    ids = blocks[[order(len(blocks), args.seed, epoch)[k] for epoch, k in places]].long().to(args.device)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -109,9 +101,7 @@ def resume(path, model, optimizer, recipe):
     checkpoint, _ = evaluation.load_checkpoint(path)
     saved = checkpoint["config"] | checkpoint["recipe"]
     for flag, value in recipe.items():
-        if saved[flag] != value:
-            raise UserError(f"--resume: {path} has {flag} {saved[flag]!s:.50}, not {value!s:.50}; "
-                            "name what it was started with, or another --out_dir")
+        check(saved[flag] == value, f"{path} was trained with {flag} {saved[flag]!s:.30}, not {value!s:.30}")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["step"], checkpoint["log"]
@@ -123,7 +113,7 @@ def train(path, config, corpus, args):
     model = GPT(config).to(args.device)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
     recipe = {flag: vars(args)[flag] for flag in RECIPE}
-    recipe |= {"train_tokens": len(corpus.train), "words": corpus.words}
+    recipe |= dict(train_tokens=len(corpus.train), words=corpus.words)
     step, log = 0, []
     if args.resume and path.exists():
         step, log = resume(path, model, optimizer, vars(config) | recipe)
@@ -134,10 +124,10 @@ def train(path, config, corpus, args):
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(p.numel() for p in model.parameters())
     print(f"{config.pos}: {size:,} parameters on {args.device} in {args.dtype}, saved in {path.parent}")
-    bar = tqdm(total=args.max_iters, initial=step, desc=config.pos, disable=True if args.rank else None)
-    rows = args.batch_size // args.processes        # of this process
     seen, loss_sum, clock = step, 0.0, time.perf_counter()
-    while step < args.max_iters:
+    hidden = args.rank > 0 or None          # None: where output is no terminal
+    bar = tqdm(range(step, args.max_iters), config.pos, args.max_iters, initial=step, disable=hidden)
+    for step in bar:
         # all that is random in a step comes from here, so that a resumed run repeats it exactly
         torch.manual_seed((args.seed << 32) + step * args.processes + args.rank)
         lr = get_lr(step, args)
@@ -146,28 +136,23 @@ def train(path, config, corpus, args):
 
         # forward and backward; the gradients of micro-batches add up
         for micro in range(args.grad_accum):
-            first = (step * args.grad_accum + micro) * args.batch_size + args.rank * rows
-            x, y = get_batch(corpus.train, args, first, rows)
+            x, y = get_batch(corpus.train, args, step * args.grad_accum + micro)
             parallel.require_backward_grad_sync = micro == args.grad_accum - 1      # for DDP
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 loss = parallel(x, y).mean() / args.grad_accum
             loss.backward()
             loss_sum += loss.detach()
-        if args.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        bar.update()
         if step % 10 == 0:      # now and then: to look at the loss makes the CPU wait for the GPU
             bar.set_postfix_str(f"loss {loss.item() * args.grad_accum:.3f}")
         if step % args.eval_interval and step < args.max_iters:
             continue
 
-        # the mean loss and the speed since the last evaluation
-        if args.processes > 1:
-            dist.all_reduce(loss_sum)
-        train_loss = loss_sum.item() / (step - seen) / args.processes
+        # the mean loss, of this process, and the speed since the last evaluation
+        train_loss = loss_sum.item() / (step - seen)
         tokens = (step - seen) * args.grad_accum * args.batch_size * args.block_size
         speed = tokens / (time.perf_counter() - clock)
         seen, loss_sum = step, 0.0
@@ -177,8 +162,7 @@ def train(path, config, corpus, args):
         # evaluate, save, print
         total, count = evaluation.evaluate(model, corpus.valid, config.block_size, dtype=args.dtype)
         valid_loss = (total.sum() / count.sum()).item()
-        if not math.isfinite(valid_loss):
-            raise UserError(f"{config.pos}: the loss is {valid_loss} at step {step}: lower --learning_rate")
+        check(math.isfinite(valid_loss), f"{config.pos}: the loss is {valid_loss}: lower --learning_rate")
         log.append(dict(step=step, train_loss=train_loss, valid_loss=valid_loss, lr=lr, tokens_per_s=speed))
         checkpoint = dict(config=vars(config), recipe=recipe, data=args.data, step=step, log=log,
                           model=model.state_dict(), optimizer=optimizer.state_dict())
@@ -187,7 +171,6 @@ def train(path, config, corpus, args):
         tqdm.write(f"{config.pos} step {step}: train loss {train_loss:.4f}, valid loss {valid_loss:.4f}, "
                    f"{speed:,.0f} tokens/s")
         clock = time.perf_counter()
-    bar.close()
 
 
 def join_processes(args):
@@ -195,16 +178,14 @@ def join_processes(args):
     args.rank, args.processes = 0, 1
     if not dist.is_torchelastic_launched():
         return
-    dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     args.rank, args.processes = dist.get_rank(), dist.get_world_size()
     torch._dynamo.config.optimize_ddp = False       # it cannot split graphs with FlexAttention in them
-    if args.device.type == "cuda":
-        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(args.device)
     if args.rank:
         sys.stdout = open(os.devnull, "w")
-    if args.batch_size % args.processes:
-        raise UserError(f"--batch_size {args.batch_size} is no multiple of the {args.processes} processes")
+    check(args.batch_size % args.processes == 0, "--batch_size must be a multiple of the processes")
 
 
 def main():
@@ -214,13 +195,13 @@ def main():
 
     # what can be wrong is found before the first run
     corpus = load(args.data, args.tokenizer, args.data_dir)
-    if args.block_size >= len(corpus.train):
-        raise UserError(f"--block_size {args.block_size} must be less than train has tokens")
+    check(args.block_size < len(corpus.train), f"--block_size: train has {len(corpus.train)} tokens alone")
     evaluation.pick_lengths(args, args.block_size, corpus.valid, "valid")
     paths = {pos: Path(args.out_dir, pos, "ckpt.pt") for pos in args.pos}
     for path in paths.values():
-        if path.exists() and not args.resume and not args.overwrite:
-            raise UserError(f"{path} is there already: --resume goes on from it, --overwrite starts anew")
+        if args.overwrite:
+            path.unlink(missing_ok=True)
+        check(args.resume or not path.exists(), f"{path} is there: --resume goes on, --overwrite starts anew")
 
     shape = {field: value for field, value in vars(args).items() if field in GPTConfig.__dataclass_fields__}
     shape["vocab_size"] = len(corpus.words) or 256
@@ -234,8 +215,8 @@ def main():
         dist.destroy_process_group()
     if args.rank == 0:
         test = evaluation.get_args([args.out_dir, "--csv", f"{args.out_dir}/extrapolation.csv"])
-        for flag in ("data_dir", "device", "dtype", "compile", "lengths"):
-            setattr(test, flag, getattr(args, flag))
+        shared = ("data_dir", "device", "dtype", "compile", "lengths")
+        vars(test).update({flag: vars(args)[flag] for flag in shared})
         evaluation.main(test)
 
 
