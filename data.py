@@ -7,7 +7,6 @@
 Any text can be read under the vocabulary of a trained model: read_split(find_files(...)[split], words).
 """
 import csv
-import functools
 import hashlib
 import io
 import os
@@ -55,9 +54,9 @@ def write_whole(path, write, mark=""):
 
 
 def write_csv(path, rows):
-    """Writes dicts with the same keys."""
+    """Writes dicts with the same keys, which are the header."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
+    csv.writer(text, lineterminator="\n").writerows([*rows[:1], *(row.values() for row in rows)])
     content = text.getvalue().encode(errors="surrogateescape")      # any path
     write_whole(path, lambda file: file.write(content))
 
@@ -65,8 +64,8 @@ def write_csv(path, rows):
 def load(name, tokenizer, data_dir):
     """The Corpus called `name`, or in the folder `name`, tokenised once and cached. Raises UserError."""
     files = find_files(name, SPLITS, data_dir)
-    paths = [path.resolve() for path in chain(*files.values())]
-    stats = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    paths = chain(*files.values())
+    stats = [(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = hashlib.sha256(repr((VERSION, tokenizer, stats)).encode()).hexdigest()
     cache = Path(data_dir, "cache", f"{tokenizer}-{key[:16]}.pt")
     if cache.exists():
@@ -74,7 +73,10 @@ def load(name, tokenizer, data_dir):
         return Corpus(*splits, words.split())
     words = read_words(files["train"]) if tokenizer == "word" else []
     splits = [read_split(files[split], words) for split in SPLITS]
-    write_whole(cache, lambda file: torch.save([*splits, " ".join(words)], file), mark=os.getpid())
+    try:
+        write_whole(cache, lambda file: torch.save([*splits, " ".join(words)], file), mark=os.getpid())
+    except OSError as error:
+        print(f"the tokens are not cached: {error}")
     return Corpus(*splits, words)
 
 
@@ -91,6 +93,7 @@ def read_words(paths):
 def read_split(paths, words):
     """(tokens,) ids of a text: bytes, or words of a vocabulary; a word that it lacks is <unk>."""
     if not words:
+        # a bytearray can be written to, which torch asks for
         return torch.from_numpy(np.frombuffer(bytearray().join(map(Path.read_bytes, paths)), np.uint8))
     ids = {word: n for n, word in enumerate(words)}
     unk = ids["<unk>"]
@@ -128,7 +131,6 @@ def find_files(name, splits, data_dir):
                     "with wiki.{train,valid,test}.tokens or {train,valid,test}.txt")
 
 
-@functools.cache      # to walk through it takes a second
 def stdlib_files():
     """The running Python's own library: of each hundred files one is for validation, one for test."""
     root, skip = Path(sysconfig.get_path("stdlib")), {"site-packages", "dist-packages", "test", "tests"}
@@ -144,8 +146,7 @@ def fetch(name, folder):
         content = archive.read_bytes() if archive.exists() else download(MIRROR + archive.name)
     except OSError as error:
         raise UserError(f"no {archive.name} from {MIRROR} ({error}): put it into {folder.parent}") from error
-    right = hashlib.sha256(content).hexdigest() == SHA256[name]
-    check(right, f"the sha256 of {archive.name} is wrong: put the real one into {folder.parent}")
+    check(hashlib.sha256(content).hexdigest() == SHA256[name], f"the sha256 of {archive.name} is wrong")
     for split in SPLITS:
         text = zipfile.ZipFile(io.BytesIO(content)).read(f"{name}/wiki.{split}.tokens")
         write_whole(folder / f"wiki.{split}.tokens", lambda file: file.write(text), mark=os.getpid())

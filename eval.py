@@ -9,6 +9,7 @@ and score what no window before them has. Either way every target (each token bu
 at every length.
 """
 import argparse
+import glob
 import math
 import os
 import sys
@@ -37,12 +38,12 @@ def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=1
     sums = torch.zeros(2, length, dtype=torch.float64)
     model.eval()
     for batch in tqdm(batches, f"{model.config.pos} at {length}", leave=False, disable=None):
-        place = torch.tensor(batch)[:, None] + torch.arange(length + 1)             # (B, T + 1)
-        ids = tokens[place.clamp(max=targets)].long().to(device)        # the last token fills a short window
+        index = torch.tensor(batch)[:, None] + torch.arange(length + 1)             # (B, T + 1)
+        ids = tokens[index.clamp(max=targets)].long().to(device)        # the last token fills a short window
         new = length if batch[0] == 0 else stride
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = model(ids[:, :-1], ids[:, -new:]).cpu().double()                 # (B, new)
-        count = place[:, -new:] <= targets
+        count = index[:, -new:] <= targets
         sums[:, -new:] += torch.stack((loss * count, count)).sum(1)
     model.train()
     return sums
@@ -51,51 +52,48 @@ def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=1
 # ---- results: {(label, trained length): {length: [perplexity of each seed]}} ----------------------
 
 
-def name(row):
+def label_of(row):
     """How a CSV row's model is called: rotary + ntk + window 64."""
     parts = [row["pos"], row["extend"], "logn" * row["logn"]]
     parts += [f"{key} {row[key]}" for key in ("window", "random_positions") if row[key]]
     return " + ".join(filter(None, parts))
 
 
-def mean_std(ppl):
-    return np.mean(ppl), np.std(ppl, ddof=1) if len(ppl) > 1 else 0.0
-
-
 def verdict(trained, by_length):
     """holds, or from which length on it fails; nothing without the trained length and a longer one."""
-    if trained not in by_length or max(by_length) <= trained:
+    longer = [length for length in sorted(by_length) if length > trained]
+    if not longer or trained not in by_length:
         return ""
     limit = 1.01 * np.mean(by_length[trained])
-    longer = [length for length in sorted(by_length) if length > trained]
     fails = [length for length in longer if not np.mean(by_length[length]) <= limit < math.inf]
     return f"fails from {fails[0]}" if fails else "holds"
 
 
 def cell(ppl):
     """The mean over seeds, and where there are several the standard deviation."""
-    mean, std = mean_std(ppl)
+    mean = np.mean(ppl)
     text = f"{mean:.2f}" if mean < 1e6 else f"{mean:.1e}"
     if len(ppl) > 1:
-        text += f" ± {std:.2f}"
+        text += f" ± {np.std(ppl, ddof=1):.2f}"
     return "-" if math.isnan(mean) else text
 
 
-def print_table(results, heading):
+def print_table(results, heading, verdicts=True):
     lengths = sorted({length for by_length in results.values() for length in by_length})
     wide = max(len(label) for label, _ in [("encoding", 0), *results])
-    size = 2 + max(len(cell(ppl)) for by_length in results.values() for ppl in by_length.values())
+    width = 2 + max(len(cell(ppl)) for by_length in results.values() for ppl in by_length.values())
     print(heading)
-    print(f"{'encoding':{wide}} trained" + "".join(f"{length:{size}}" for length in lengths))
+    print(f"{'encoding':{wide}} trained" + "".join(f"{length:{width}}" for length in lengths))
     for (label, trained), by_length in results.items():
-        cells = [cell(by_length.get(length, [math.nan])) for length in lengths]
-        line = f"{label:{wide}} {trained:7}" + "".join(text.rjust(size) for text in cells)
-        print(f"{line}  {verdict(trained, by_length)}".rstrip())
+        cells = [cell(by_length.get(length, [math.nan])).rjust(width) for length in lengths]
+        end = verdict(trained, by_length) if verdicts else ""
+        print(f"{label:{wide}} {trained:7}{''.join(cells)}  {end}".rstrip())
     print("fails: over 1% above the trained length's perplexity, or -, beyond the last position")
 
 
 def plot(results, path, unit):
     """Like the paper's Figure 1: perplexity against length, one std over seeds, dashed the trained length."""
+    os.environ["MPLBACKEND"] = "agg"        # which a file does not need, but matplotlib checks
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -105,8 +103,9 @@ def plot(results, path, unit):
     # the legend has the lines in the order of their ends
     lines = sorted(results.items(), key=lambda line: -np.nan_to_num(np.mean(line[1][max(line[1])])))
     for (label, trained), by_length in lines:
-        means, stds = zip(*map(mean_std, by_length.values()))
-        axes.errorbar(list(by_length), means, stds, label=label, marker="o", capsize=3)
+        means = [np.mean(ppl) for ppl in by_length.values()]
+        stds = [np.std(ppl, ddof=1) if len(ppl) > 1 else 0.0 for ppl in by_length.values()]
+        axes.errorbar(list(by_length), means, stds, label=label.replace("$", r"\$"), marker="o", capsize=3)
         axes.axvline(trained, color="grey", linestyle="--", linewidth=1)
     axes.legend()
     write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
@@ -116,12 +115,12 @@ def plot(results, path, unit):
 
 
 def find_checkpoints(paths):
-    """Each is a checkpoint, or a folder with ckpt.pt in it or below."""
+    """Each is a checkpoint, or a folder with ckpt.pt in it or below, also behind links."""
     found = []
     for path in paths:
-        below = [Path(folder, "ckpt.pt") for folder, _, files in os.walk(path) if "ckpt.pt" in files]
-        found += sorted(below) or [Path(path)]
-    return list(dict.fromkeys(found))
+        below = glob.glob(f"{glob.escape(path)}/**/ckpt.pt", recursive=True)
+        found += map(Path, sorted(below) or [path])
+    return {path.resolve(): path for path in found}.values()        # each once
 
 
 def load_checkpoint(path, **changes):
@@ -148,7 +147,7 @@ def make_parser(doc, epilog=None):
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(bfloat16 on cuda)")
     add("--compile", action=optional, help="with torch.compile, Triton (on cuda)")
     add("--lengths", type=int, nargs="+", metavar="N", help="to test at (1 to 16 times the trained one)")
-    add("--window", type=int, metavar="N", help="keys that a query sees, 0 for all")
+    add("--window", type=int, metavar="N", help="keys that a query sees, 0 for all (of hwfa: its own)")
     add("--logn", action=optional, help="queries times max(1, ln(place) / ln(trained length))")
     return parser
 
@@ -176,6 +175,8 @@ def pick_lengths(args, block_size, tokens, split, stride=1):
 
 def run(main):
     """Calls main; what a user can put right ends in one line on standard error and exit code 1."""
+    # where it goes into a file, too, each line is there at once
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
     except (UserError, OSError, ImportError) as error:
@@ -198,7 +199,7 @@ def get_args(argv=None):
 
 
 def measure(model, tokens, args, row):
-    """Yields a column of the table and a CSV row for each length, --by_position for each doubling span."""
+    """Yields a CSV row for each length, or --by_position for each of its spans, which double."""
     for length in pick_lengths(args, model.config.block_size, tokens, args.split, args.stride or 1):
         if row["extend"]:
             EXTENSIONS[row["extend"]][0](model.pos, length)
@@ -209,10 +210,8 @@ def measure(model, tokens, args, row):
         for first, last in pairwise([0, *inner, length]):
             total, count = sums[:, first:last].sum(1)
             loss = total / count
-            found = dict(length=length, tokens=int(count), loss=loss.item(), ppl=loss.exp().item())
-            if args.by_position:
-                found |= dict(first=first + 1, last=last)
-            yield found.get("first", length), row | found
+            span = dict(first=first + 1, last=last) if args.by_position else {}
+            yield row | dict(length=length, tokens=int(count), loss=loss.item(), ppl=loss.exp().item()) | span
 
 
 def main(args=None):
@@ -227,33 +226,36 @@ def main(args=None):
             continue
         model.to(args.device)
         if args.compile:
-            model.compile()
+            model.compile_parts()
         data = args.data or checkpoint["data"]
         files = find_files(data, [args.split], args.data_dir)
-        tokens = read_split(files[args.split], recipe["words"])
-        units.add("word" if recipe["words"] else "byte")
+        words = recipe["words"]
+        tokens = read_split(files[args.split], words)
+        unknown = (tokens == words.index("<unk>")).double().mean() if words else 0.0
+        units.add(f"word ({unknown:.1%} <unk>)" if words else "byte")
         row = dict(pos=config.pos, train_length=config.block_size, length=0, stride=args.stride,
                    split=args.split, tokens=0, loss=0.0, ppl=0.0, extend=extension, window=config.window,
                    logn=int(config.logn), random_positions=config.random_positions, seed=recipe["seed"],
                    checkpoint=str(path), data=data)
 
         # runs that differ in nothing but their seed share a label, another recipe has its folder in it
-        label = name(row)
-        recipe = repr((label, config, recipe | {"seed": 0}, checkpoint["step"]))
-        if recipe not in labels and (label, config.block_size) in labels.values():
+        label = label_of(row)
+        same = repr((label, config, recipe | {"seed": 0, "words": 0}, checkpoint["step"]))
+        if same not in labels and (label, config.block_size) in labels.values():
             label += f" in {path.parent}"
-        label, trained = labels.setdefault(recipe, (label, config.block_size))
-        for column, measured in measure(model, tokens, args, row):
+        label, trained = labels.setdefault(same, (label, config.block_size))
+        for measured in measure(model, tokens, args, row):
             line = f"{label} at {measured['length']}" if args.by_position else label
+            column = measured["first" if args.by_position else "length"]
             results.setdefault((line, trained), {}).setdefault(column, []).append(measured["ppl"])
             rows.append(measured)
 
     unit = " or ".join(sorted(units))
-    protocol = f"sliding by {args.stride}" if args.stride else "non-overlapping"
-    columns = "position in the window, from" if args.by_position else "length in tokens"
-    print_table(results, f"perplexity per {unit}, {args.split} split, {protocol}, by {columns}")
+    how = f"sliding by {args.stride}" if args.stride else "non-overlapping"
+    by = "position in the window, from" if args.by_position else "length in tokens"
+    print_table(results, f"perplexity per {unit}, {args.split} split, {how}, by {by}", not args.by_position)
     if args.csv:
-        write_csv(args.csv, [row for row in rows if not math.isnan(row["loss"])])
+        write_csv(args.csv, [row for row in rows if row["tokens"]])
     if args.plot:
         plot(results, args.plot, unit)
 

@@ -5,7 +5,8 @@
     scores = q k' / sqrt(D) + pos.bias(i, j)        # softmax over j <= i, of these the last `window`
 
 Shapes: B sequences, T tokens, C width (n_embd), H heads, D = C / H, V vocabulary.
-Positions, i of queries and j of keys, are float32: fractions and offsets are positions too.
+Positions, i of queries and j of keys, are float32: fractions and offsets are positions too. A token's place
+is its index from 0.
 
 To add an encoding: a subclass of Position, an entry in POSITIONS, its plain formula in test_model.py.
 """
@@ -31,7 +32,7 @@ class GPTConfig:
     act_dropout: float = 0.0    # of the MLP's hidden layer
     pos: str = "alibi"
     window: int = 0             # a token sees itself and the window - 1 before it; 0 is all
-    logn: bool = False          # queries times max(1, ln(place) / ln(block_size)), places from 1
+    logn: bool = False          # queries times max(1, ln(place + 1) / ln(block_size))
     random_positions: int = 0   # train at sorted random positions below this; 0 is off
 
 
@@ -46,8 +47,8 @@ class Position(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.layers = [self] * config.n_layer       # the encoding of each layer
+        self.config = config                        # its window and log n are those of the layers it encodes
+        self.layers = [self] * config.n_layer       # the encoding of each layer; no ModuleList: self is in it
 
     def positions(self, T, device):
         """(T,): evenly spaced, or in training sorted random ones (Ruoss et al. 2305.16843)."""
@@ -98,10 +99,8 @@ class Sinusoidal(Position):
     """x_i + [sin(i w_n), cos(i w_n)], w_n = 10000^(-2n/C) (Vaswani et al. 1706.03762)."""
 
     def embed(self, x, i):
-        C = x.shape[-1]
-        angle = angles(i, C)
-        waves = torch.stack((angle.sin(), angle.cos()), -1).flatten(1)      # (T, C), C + 1 where it is odd
-        return x + waves[:, :C]
+        angle = angles(i, x.shape[-1])                                      # (T, C/2)
+        return x + torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
 
 
 class Rotary(Position):
@@ -121,11 +120,12 @@ class Rotary(Position):
 
 class XPos(Rotary):
     """Rotary, q_n z_n^(i/512), k_n z_n^(-j/512), z_n = (2n/D + 0.4) / 1.4 (Sun et al. 2212.10554)."""
+    max_length = 2 ** 16        # from 72,550 on the powers overflow float32
 
     def rotate(self, q, k, i):
         D = q.shape[-1]
         zeta = (torch.arange(0, D, 2, device=i.device) / D + 0.4) / 1.4
-        growth = zeta ** ((i - i.mean())[:, None] / 512)                    # centred: the powers stay small
+        growth = zeta ** ((i - i.mean())[:, None] / 512)        # centred, so that the powers stay small
         return self.turn(q, i, growth), self.turn(k, i, 1 / growth)
 
 
@@ -272,13 +272,14 @@ def make_mask(pos, i, fused):
     if type(pos).bias is Position.bias and window >= T:
         return None
     place = torch.arange(T, device=i.device)
-    # at random positions the same distance in places is not the same distance
+    # at random positions neighbours are not evenly apart
     if pos.relative and not (pos.training and pos.config.random_positions):
-        bias = pos.bias((i - i[0])[:, None], torch.zeros_like(i[:1, None]))[..., 0]         # (H, T)
+        bias = pos.bias(i[:, None], i[:1, None])[..., 0]          # (H, T), from the first key
         line = F.pad(bias.masked_fill(place >= window, -math.inf), (T - 1, 0), value=-math.inf)
         return (line, causal_blocks(T, window, i.device)) if fused else line.unfold(1, T, 1)
     rows, key = [], place.flip(0)
     for query in place[:, None].split(128):
+        # a key that comes later stands at distance 0 until it is hidden: others may have no finite bias
         bias = pos.bias(i[query], i[torch.minimum(query, key)])                             # (H, 128, T)
         rows.append(bias.masked_fill((key > query) | (key <= query - window), -math.inf))
     return torch.cat(rows, 1)
@@ -338,8 +339,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)        # (B, H, T, D)
         q, k = pos.rotate(q, k, i)
         if pos.config.logn:
-            place = torch.arange(1, T + 1, device=x.device)[:, None]
-            q = (q * (place.log() / math.log(self.config.block_size)).clamp(min=1)).to(q.dtype)
+            seen = torch.arange(1, T + 1, device=x.device)[:, None]
+            q = (q * (seen.log() / math.log(self.config.block_size)).clamp(min=1)).to(q.dtype)
         dropout = self.config.attn_dropout if self.training else 0.0
         y = attend(q, k, v, mask, pos.config.window, dropout)
         x = x + self.dropout(self.attn_proj(y.transpose(1, 2).reshape(B, T, C)))
@@ -410,9 +411,9 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer) if "_proj" in name else 0.02)
         self.pos = POSITIONS[config.pos](config)
 
-    def compile(self):
+    def compile_parts(self):
         """Compiles what is worth it. Masks are not: in a graph a trained bias would lose its gradient."""
-        torch.compiler.reset()
+        torch.compiler.reset()      # of the models before this one
         torch._dynamo.config.recompile_limit = 64       # graphs, for shapes and kinds of layers; beyond, none
         for block in self.blocks:
             block.compile()

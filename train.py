@@ -41,14 +41,13 @@ SETTINGS = {    # the value in each preset and its meaning; the paper trained wi
     "grad_clip": (1.0, 1.0, 0.1, "the gradient's norm at most; 0 is off"),
     "eval_interval": (500, 1000, 2000, "steps from one evaluation and checkpoint to the next")}
 # what decides a run beside its model and its text: --resume insists on it
-RECIPE = ("seed tokenizer batch_size grad_accum max_iters learning_rate warmup_iters weight_decay grad_clip "
-          "dtype").split()
+RECIPE = "seed batch_size grad_accum max_iters learning_rate warmup_iters weight_decay grad_clip dtype"
 
 
 def get_args():
     """The flags, over the preset's defaults."""
-    encodings = [f"  {name:11} {encoding.__doc__.splitlines()[0]}" for name, encoding in POSITIONS.items()]
-    parser = evaluation.make_parser(__doc__, "\n".join(["position encodings (--pos):", *encodings]))
+    formulas = [f"  {pos:11} {str(POSITIONS[pos].__doc__).splitlines()[0]}" for pos in POSITIONS]
+    parser = evaluation.make_parser(__doc__, "\n".join(["position encodings (--pos):", *formulas]))
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="values to start from (small)")
     asked = [arg for arg in sys.argv[1:] if arg not in ("-h", "--help")]
@@ -65,7 +64,7 @@ def get_args():
     add("--overwrite", action="store_true", help="delete OUT_DIR/NAME/ckpt.pt and start anew")
     parser.set_defaults(window=0, logn=False)
     args = parser.parse_args()
-    check(args.n_embd % args.n_head == 0, "--n_embd must be a multiple of --n_head")
+    check(args.n_embd % (2 * args.n_head) == 0, "--n_embd must be a multiple of twice --n_head")
     args.tokenizer = args.tokenizer or ("byte" if args.data == "stdlib" else "word")
     return args
 
@@ -75,12 +74,12 @@ def get_lr(step, args):
     if step < args.warmup_iters:
         return args.learning_rate * (step + 1) / args.warmup_iters
     progress = (step - args.warmup_iters) / (args.max_iters - args.warmup_iters)
-    coeff = 0.5 * (1 + math.cos(math.pi * progress))        # from 1 to 0
-    return args.learning_rate * (0.1 + 0.9 * coeff)
+    return args.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 @functools.lru_cache(maxsize=2)
 def order(blocks, seed, epoch):
+    """(blocks,): which block comes when in an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(blocks)
 
 
@@ -112,19 +111,20 @@ def train(path, config, corpus, args):
     torch.manual_seed(args.seed)
     model = GPT(config).to(args.device)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
-    recipe = {flag: vars(args)[flag] for flag in RECIPE}
+    recipe = {flag: vars(args)[flag] for flag in RECIPE.split()}
     recipe |= dict(train_tokens=len(corpus.train), words=corpus.words)
     step, log = 0, []
     if args.resume and path.exists():
         step, log = resume(path, model, optimizer, vars(config) | recipe)
     if args.compile:
-        model.compile()
+        model.compile_parts()
     parallel = DistributedDataParallel(model) if args.processes > 1 else model
 
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{config.pos}: {size:,} parameters on {args.device} in {args.dtype}, saved in {path.parent}")
-    seen, loss_sum, clock = step, 0.0, time.perf_counter()
+    if args.rank == 0:
+        print(f"{config.pos}: {size:,} parameters on {args.device} in {args.dtype}, saved in {path.parent}")
+    last_eval, loss_sum, clock = step, 0.0, time.perf_counter()
     hidden = args.rank > 0 or None          # None: where output is no terminal
     bar = tqdm(range(step, args.max_iters), config.pos, args.max_iters, initial=step, disable=hidden)
     for step in bar:
@@ -137,7 +137,7 @@ def train(path, config, corpus, args):
         # forward and backward; the gradients of micro-batches add up
         for micro in range(args.grad_accum):
             x, y = get_batch(corpus.train, args, step * args.grad_accum + micro)
-            parallel.require_backward_grad_sync = micro == args.grad_accum - 1      # for DDP
+            parallel.require_backward_grad_sync = micro == args.grad_accum - 1      # DDP averages there
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 loss = parallel(x, y).mean() / args.grad_accum
             loss.backward()
@@ -145,17 +145,17 @@ def train(path, config, corpus, args):
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        if step % 10 == 0:      # now and then: to look at the loss makes the CPU wait for the GPU
+        done = step + 1
+        if done % 10 == 0:      # now and then: to look at the loss makes the CPU wait for the GPU
             bar.set_postfix_str(f"loss {loss.item() * args.grad_accum:.3f}")
-        if step % args.eval_interval and step < args.max_iters:
+        if done % args.eval_interval and done < args.max_iters:
             continue
 
         # the mean loss, of this process, and the speed since the last evaluation
-        train_loss = loss_sum.item() / (step - seen)
-        tokens = (step - seen) * args.grad_accum * args.batch_size * args.block_size
+        train_loss = loss_sum.item() / (done - last_eval)
+        tokens = (done - last_eval) * args.grad_accum * args.batch_size * args.block_size
         speed = tokens / (time.perf_counter() - clock)
-        seen, loss_sum = step, 0.0
+        last_eval, loss_sum = done, 0.0
         if args.rank:
             continue
 
@@ -163,12 +163,12 @@ def train(path, config, corpus, args):
         total, count = evaluation.evaluate(model, corpus.valid, config.block_size, dtype=args.dtype)
         valid_loss = (total.sum() / count.sum()).item()
         check(math.isfinite(valid_loss), f"{config.pos}: the loss is {valid_loss}: lower --learning_rate")
-        log.append(dict(step=step, train_loss=train_loss, valid_loss=valid_loss, lr=lr, tokens_per_s=speed))
-        checkpoint = dict(config=vars(config), recipe=recipe, data=args.data, step=step, log=log,
+        log.append(dict(step=done, train_loss=train_loss, valid_loss=valid_loss, lr=lr, tokens_per_s=speed))
+        checkpoint = dict(config=vars(config), recipe=recipe, data=args.data, step=done, log=log,
                           model=model.state_dict(), optimizer=optimizer.state_dict())
         write_whole(path, lambda file: torch.save(checkpoint, file))
         write_csv(path.with_name("log.csv"), log)
-        tqdm.write(f"{config.pos} step {step}: train loss {train_loss:.4f}, valid loss {valid_loss:.4f}, "
+        tqdm.write(f"{config.pos} step {done}: train loss {train_loss:.4f}, valid loss {valid_loss:.4f}, "
                    f"{speed:,.0f} tokens/s")
         clock = time.perf_counter()
 
@@ -176,15 +176,12 @@ def train(path, config, corpus, args):
 def join_processes(args):
     """Under torchrun: joins the others. Process 0 alone prints, evaluates and writes."""
     args.rank, args.processes = 0, 1
-    if not dist.is_torchelastic_launched():
-        return
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    args.rank, args.processes = dist.get_rank(), dist.get_world_size()
-    torch._dynamo.config.optimize_ddp = False       # it cannot split graphs with FlexAttention in them
-    if args.rank:
-        sys.stdout = open(os.devnull, "w")
+    if dist.is_torchelastic_launched():
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        args.rank, args.processes = dist.get_rank(), dist.get_world_size()
+        torch._dynamo.config.optimize_ddp = False       # it cannot split graphs with FlexAttention in them
     check(args.batch_size % args.processes == 0, "--batch_size must be a multiple of the processes")
 
 
@@ -203,11 +200,11 @@ def main():
             path.unlink(missing_ok=True)
         check(args.resume or not path.exists(), f"{path} is there: --resume goes on, --overwrite starts anew")
 
-    shape = {field: value for field, value in vars(args).items() if field in GPTConfig.__dataclass_fields__}
-    shape["vocab_size"] = len(corpus.words) or 256
+    fields = {field: value for field, value in vars(args).items() if field in GPTConfig.__dataclass_fields__}
+    fields["vocab_size"] = len(corpus.words) or 256
     for pos, path in paths.items():
         try:
-            train(path, GPTConfig(**shape | {"pos": pos}), corpus, args)
+            train(path, GPTConfig(**fields | {"pos": pos}), corpus, args)
         except KeyboardInterrupt:
             step = evaluation.load_checkpoint(path)[0]["step"] if path.exists() else 0
             raise UserError(f"stopped: --resume goes on from step {step} of {path}") from None
