@@ -240,7 +240,7 @@ def main(args=None):
 
         # runs that differ in nothing but their seed share a label, another recipe has its folder in it
         label = label_of(row)
-        same = repr((label, config, recipe | {"seed": 0, "words": 0}, checkpoint["step"]))
+        same = repr((label, config, recipe | {"seed": 0}, checkpoint["step"]))
         if same not in labels and (label, config.block_size) in labels.values():
             label += f" in {path.parent}"
         label, trained = labels.setdefault(same, (label, config.block_size))
