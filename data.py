@@ -146,13 +146,14 @@ def fetch(name, folder):
         content = archive.read_bytes() if archive.exists() else download(MIRROR + archive.name)
     except OSError as error:
         raise UserError(f"no {archive.name} from {MIRROR} ({error}): put it into {folder.parent}") from error
-    check(hashlib.sha256(content).hexdigest() == SHA256[name], f"the sha256 of {archive.name} is wrong")
+    check(hashlib.sha256(content).hexdigest() == SHA256[name], f"{archive.name} is damaged: get it again")
     for split in SPLITS:
         text = zipfile.ZipFile(io.BytesIO(content)).read(f"{name}/wiki.{split}.tokens")
         write_whole(folder / f"wiki.{split}.tokens", lambda file: file.write(text), mark=os.getpid())
 
 
 def download(url):
+    """Its bytes. Raises OSError."""
     # the mirror refuses urllib's own User-Agent
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
     with urllib.request.urlopen(request, timeout=30) as response:

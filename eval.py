@@ -30,8 +30,8 @@ def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=1
 
     Uses no randomness; leaves the model in training mode."""
     device = next(model.parameters()).device
-    targets, stride = len(tokens) - 1, stride or length
-    starts = list(range(0, max(1, targets - length + stride), stride))
+    last, stride = len(tokens) - 1, stride or length        # the last token's index; as many targets
+    starts = list(range(0, max(1, last - length + stride), stride))
     # the first window alone, since all of its targets count; of later ones the last `stride`
     size = max(1, batch_tokens // length)
     batches = [starts[:1]] + [starts[n:n + size] for n in range(1, len(starts), size)]
@@ -39,11 +39,11 @@ def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=1
     model.eval()
     for batch in tqdm(batches, f"{model.config.pos} at {length}", leave=False, disable=None):
         index = torch.tensor(batch)[:, None] + torch.arange(length + 1)             # (B, T + 1)
-        ids = tokens[index.clamp(max=targets)].long().to(device)        # the last token fills a short window
+        ids = tokens[index.clamp(max=last)].long().to(device)        # the last token fills a short window
         new = length if batch[0] == 0 else stride
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = model(ids[:, :-1], ids[:, -new:]).cpu().double()                 # (B, new)
-        count = index[:, -new:] <= targets
+        count = index[:, -new:] <= last
         sums[:, -new:] += torch.stack((loss * count, count)).sum(1)
     model.train()
     return sums
@@ -81,7 +81,7 @@ def cell(ppl):
 def print_table(results, heading, verdicts=True):
     lengths = sorted({length for by_length in results.values() for length in by_length})
     wide = max(len(label) for label, _ in [("encoding", 0), *results])
-    width = 2 + max(len(cell(ppl)) for by_length in results.values() for ppl in by_length.values())
+    width = 2 + max(6, *(len(cell(ppl)) for by_length in results.values() for ppl in by_length.values()))
     print(heading)
     print(f"{'encoding':{wide}} trained" + "".join(f"{length:{width}}" for length in lengths))
     for (label, trained), by_length in results.items():
@@ -91,13 +91,13 @@ def print_table(results, heading, verdicts=True):
     print("fails: over 1% above the trained length's perplexity, or -, beyond the last position")
 
 
-def plot(results, path, unit):
+def plot(results, path, unit, by):
     """Like the paper's Figure 1: perplexity against length, one std over seeds, dashed the trained length."""
     os.environ["MPLBACKEND"] = "agg"        # which a file does not need, but matplotlib checks
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="length in tokens", ylabel=f"perplexity per {unit}")
+    axes = figure.add_subplot(xlabel=by, ylabel=f"perplexity per {unit}")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     # the legend has the lines in the order of their ends
@@ -148,7 +148,7 @@ def make_parser(doc, epilog=None):
     add("--compile", action=optional, help="with torch.compile, Triton (on cuda)")
     add("--lengths", type=int, nargs="+", metavar="N", help="to test at (1 to 16 times the trained one)")
     add("--window", type=int, metavar="N", help="keys that a query sees, 0 for all (of hwfa: its own)")
-    add("--logn", action=optional, help="queries times max(1, ln(place) / ln(trained length))")
+    add("--logn", action=optional, help="queries times max(1, ln(place + 1) / ln(trained length))")
     return parser
 
 
@@ -167,8 +167,8 @@ def pick_device(args):
 def pick_lengths(args, block_size, tokens, split, stride=1):
     """--lengths, or those that the text has room for. Raises UserError where one cannot be measured."""
     doubled = [block_size * 2 ** n for n in range(5)]
-    lengths = sorted(args.lengths or [n for n in doubled if n < len(tokens)] or doubled[:1])
-    fit = stride <= lengths[0] and lengths[-1] < len(tokens)
+    lengths = sorted({*(args.lengths or [n for n in doubled if n < len(tokens)] or doubled[:1])})
+    fit = 0 < stride <= lengths[0] and lengths[-1] < len(tokens)
     check(fit, f"--lengths {lengths}: from {stride} (--stride) to below the {len(tokens)} tokens of {split}")
     return lengths
 
@@ -203,7 +203,7 @@ def measure(model, tokens, args, row):
     for length in pick_lengths(args, model.config.block_size, tokens, args.split, args.stride or 1):
         if row["extend"]:
             EXTENSIONS[row["extend"]][0](model.pos, length)
-        sums = torch.zeros(2, length)       # no targets beyond the last position: a loss of 0 / 0
+        sums = torch.zeros(2, length)       # stays so beyond the last position: a loss of 0 / 0, no CSV row
         if length <= model.pos.max_length:
             sums = evaluate(model, tokens, length, args.stride, args.dtype, args.batch_tokens)
         inner = [2 ** n for n in range((length - 1).bit_length())] if args.by_position else []
@@ -257,7 +257,7 @@ def main(args=None):
     if args.csv:
         write_csv(args.csv, [row for row in rows if row["tokens"]])
     if args.plot:
-        plot(results, args.plot, unit)
+        plot(results, args.plot, unit, by)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Position(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config                        # its window and log n are those of the layers it encodes
-        self.layers = [self] * config.n_layer       # the encoding of each layer; no ModuleList: self is in it
+        self.layers = [self] * config.n_layer       # of each layer; others than self must have no parameters
 
     def positions(self, T, device):
         """(T,): evenly spaced, or in training sorted random ones (Ruoss et al. 2305.16843)."""
@@ -84,10 +84,10 @@ class Learned(Position):
 
     def embed(self, x, i):
         # a position between two rows of the table gets a mixture of both
-        below = i.floor().long()
-        above = i.ceil().long().clamp(max=len(self.table) - 1)
+        below = i.long()
+        above = (below + 1).clamp(max=len(self.table) - 1)
         share = (i - below)[:, None]
-        return x + torch.lerp(F.embedding(below, self.table), F.embedding(above, self.table), share)
+        return x + torch.lerp(self.table[below], self.table[above], share)
 
 
 def angles(i, width, base=10000.0):
@@ -120,7 +120,7 @@ class Rotary(Position):
 
 class XPos(Rotary):
     """Rotary, q_n z_n^(i/512), k_n z_n^(-j/512), z_n = (2n/D + 0.4) / 1.4 (Sun et al. 2212.10554)."""
-    max_length = 2 ** 16        # from 72,550 on the powers overflow float32
+    max_length = 2 ** 16        # beyond some 72,500 the powers overflow float32
 
     def rotate(self, q, k, i):
         D = q.shape[-1]
@@ -141,7 +141,7 @@ class T5(Position):
 
     def bias(self, i, j):
         near = i - j
-        far = 16 + 16 * torch.log(near.clamp(min=16) / 16) / math.log(128 / 16)
+        far = 16 + 16 * torch.log(near.clamp(min=16) / 16) / math.log(8)
         bucket = torch.where(near < 16, near, far.clamp(max=31)).long()     # (rows, keys)
         return self.table[bucket].movedim(-1, 0) * math.sqrt(self.config.n_embd / self.config.n_head)
 
@@ -256,7 +256,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 FLEX_OPTIONS = {"fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 2, "bwd_num_stages": 2}
 
 
-def make_mask(pos, i, fused):
+def make_mask(pos, i, flex):
     """What to add to the scores of all queries and keys, -inf where a key is out of sight.
 
     Returns None where that is the causal mask alone, else (H, T, T) with the keys from the last to the first.
@@ -266,7 +266,7 @@ def make_mask(pos, i, fused):
         row of query i = line[i : i + T]
 
     so that the mask is a view of the line, without memory at any length; others take T^2. FlexAttention
-    (`fused`) reads the line itself: for it the result is (line, its BlockMask)."""
+    (`flex`) reads the line itself: for it the result is (line, its BlockMask)."""
     T = len(i)
     window = pos.config.window or T
     if type(pos).bias is Position.bias and window >= T:
@@ -276,7 +276,7 @@ def make_mask(pos, i, fused):
     if pos.relative and not (pos.training and pos.config.random_positions):
         bias = pos.bias(i[:, None], i[:1, None])[..., 0]          # (H, T), from the first key
         line = F.pad(bias.masked_fill(place >= window, -math.inf), (T - 1, 0), value=-math.inf)
-        return (line, causal_blocks(T, window, i.device)) if fused else line.unfold(1, T, 1)
+        return (line, causal_blocks(T, window, i.device)) if flex else line.unfold(1, T, 1)
     rows, key = [], place.flip(0)
     for query in place[:, None].split(128):
         # a key that comes later stands at distance 0 until it is hidden: others may have no finite bias
@@ -301,15 +301,15 @@ def attend(q, k, v, mask, window, dropout):
         def score_mod(score, b, h, i, j):
             return score + line[h, line.shape[1] // 2 + i - j]      # in the line's middle is distance 0
         return flex_attention(q, k, v, score_mod, blocks, kernel_options=FLEX_OPTIONS)
-    # 128 queries at a time, on a GPU all at once, and the keys from the last of these to the first in sight
+    # on a CPU 128 queries at a time, without the keys that none of them sees
     T, y = q.shape[2], []
-    size, window = T if q.is_cuda else 128, window or T
+    size = T if q.is_cuda else 128
     k, v = k.flip(2), v.flip(2)
     for start in range(0, T, size):
         stop = min(start + size, T)
-        keys = slice(T - stop, T - max(0, start - window + 1))
-        rows, queries = mask[None, :, start:stop, keys].to(q.dtype), q[:, :, start:stop]
-        y.append(F.scaled_dot_product_attention(queries, k[:, :, keys], v[:, :, keys], rows, dropout))
+        keys = slice(T - stop, T - max(0, start - (window or T) + 1))
+        bias, queries = mask[None, :, start:stop, keys].to(q.dtype), q[:, :, start:stop]
+        y.append(F.scaled_dot_product_attention(queries, k[:, :, keys], v[:, :, keys], bias, dropout))
     return torch.cat(y, 2)
 
 
@@ -368,11 +368,10 @@ class Vocabulary(nn.Module):
         self.bands = list(zip(edges, edges[1:] + [V]))          # of the rare types: first id, last + 1
         self.common = edges[0] if edges else V                  # how many types the head knows one by one
         self.head = nn.Parameter(torch.randn(self.common + len(edges), C) * 0.02)
-        self.head_loss = head_loss
-        widths = [C // 4 ** (n + 1) for n in range(len(edges))]
-        sizes = zip((stop - start for start, stop in self.bands), widths)
-        self.tails = nn.ParameterList(torch.randn(rows, w) * w ** -0.5 for rows, w in sizes)
-        self.projections = nn.ParameterList(torch.randn(w, C) * 0.02 for w in widths)
+        self.head_loss = head_loss                              # compile_parts replaces it
+        sizes = [(stop - start, C // 4 ** n) for n, (start, stop) in enumerate(self.bands, 1)]
+        self.tails = nn.ParameterList(torch.randn(n, w) * w ** -0.5 for n, w in sizes)
+        self.projections = nn.ParameterList(torch.randn(w, C) * 0.02 for _, w in sizes)
 
     def forward(self, idx):
         """Embeddings: (B, T) -> (B, T, C)."""
@@ -389,9 +388,10 @@ class Vocabulary(nn.Module):
         loss = self.head_loss(x, self.head, targets.clamp(max=self.common - 1) + band)
         # each band tells its own types apart, for the targets that lie in it
         for (start, stop), tail, projection in zip(self.bands, self.tails, self.projections):
-            rows = ((targets >= start) & (targets < stop)).nonzero().squeeze(1)
-            logits = F.linear(F.linear(x[rows], projection), tail)
-            loss = loss.index_add(0, rows, F.cross_entropy(logits, targets[rows] - start, reduction="none"))
+            inside = ((targets >= start) & (targets < stop)).nonzero().squeeze(1)
+            logits = F.linear(F.linear(x[inside], projection), tail)
+            rare = F.cross_entropy(logits, targets[inside] - start, reduction="none")
+            loss = loss.index_add(0, inside, rare)
         return loss
 
 
@@ -401,7 +401,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.fused = False          # whether attention on CUDA goes through FlexAttention
+        self.flex = False          # whether attention on CUDA goes through FlexAttention
         self.wte = Vocabulary(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -418,17 +418,17 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile()
         self.wte.head_loss = torch.compile(head_loss)
-        self.fused = True
+        self.flex = True
 
     def trunk(self, idx):
         """Final hidden states: (B, T) -> (B, T, C)."""
         i = self.pos.positions(idx.shape[1], idx.device)
         x = self.drop(self.pos.embed(self.wte(idx), i))
         dropout = self.training and self.config.attn_dropout       # which FlexAttention does not have
-        fused = self.fused and x.is_cuda and not dropout
+        flex = self.flex and x.is_cuda and not dropout
         # in float32: bfloat16 has no distances beyond 256
         with torch.autocast(i.device.type, enabled=False):
-            masks = {pos: make_mask(pos, i, fused) for pos in set(self.pos.layers)}
+            masks = {pos: make_mask(pos, i, flex) for pos in set(self.pos.layers)}
         for block, pos in zip(self.blocks, self.pos.layers):
             x = block(x, i, pos, masks[pos])
         return self.ln_f(x)
@@ -437,12 +437,12 @@ class GPT(nn.Module):
         """Loss in nats of the last S tokens' targets: (B, T), (B, S) -> (B, S)."""
         x = self.trunk(idx)[:, -targets.shape[1]:].flatten(0, 1)
         # in evaluation not all logits at once
-        rows = len(x) if torch.is_grad_enabled() else 1 + 2 ** 24 // self.config.vocab_size
-        pieces = zip(x.split(rows), targets.flatten().split(rows))
+        size = len(x) if torch.is_grad_enabled() else 1 + 2 ** 24 // self.config.vocab_size
+        pieces = zip(x.split(size), targets.flatten().split(size))
         return torch.cat([self.wte.loss(*piece) for piece in pieces]).view(targets.shape)
 
     def parameter_groups(self, weight_decay):
-        """For AdamW: matrices decay; norms and whatever belongs to the position encoding do not."""
+        """For AdamW: matrices decay; norms and the position encoding, whose tables have a meaning, do not."""
         decay, rest = [], []
         for name, p in self.named_parameters():
             (rest if p.dim() < 2 or name.startswith("pos.") else decay).append(p)

@@ -661,7 +661,7 @@ def test_download(here, monkeypatch):
     with HTTPServer(("127.0.0.1", 0), Mirror) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(data, "MIRROR", f"http://127.0.0.1:{server.server_port}/")
-        refused("train --data wikitext-2", "sha256")
+        refused("train --data wikitext-2", "damaged")
         assert not Path("store/wikitext-2").exists()
         monkeypatch.setitem(data.SHA256, "wikitext-2", right)
         for _ in range(2):

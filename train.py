@@ -50,6 +50,7 @@ def get_args():
     parser = evaluation.make_parser(__doc__, "\n".join(["position encodings (--pos):", *formulas]))
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="values to start from (small)")
+    # the preset first: it has the other flags' defaults, which --help shows
     asked = [arg for arg in sys.argv[1:] if arg not in ("-h", "--help")]
     preset = parser.parse_known_args(asked)[0].preset
     for flag, (*values, text) in SETTINGS.items():
@@ -91,7 +92,8 @@ def get_batch(tokens, args, n):
     rows = args.batch_size // args.processes
     first = n * args.batch_size + args.rank * rows
     places = [divmod(k, len(blocks)) for k in range(first, first + rows)]
-    ids = blocks[[order(len(blocks), args.seed, epoch)[k] for epoch, k in places]].long().to(args.device)
+    chosen = [order(len(blocks), args.seed, epoch)[place] for epoch, place in places]
+    ids = blocks[chosen].long().to(args.device)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -212,8 +214,7 @@ def main():
         dist.destroy_process_group()
     if args.rank == 0:
         test = evaluation.get_args([args.out_dir, "--csv", f"{args.out_dir}/extrapolation.csv"])
-        shared = ("data_dir", "device", "dtype", "compile", "lengths")
-        vars(test).update({flag: vars(args)[flag] for flag in shared})
+        vars(test).update({key: vars(args)[key] for key in "data_dir device dtype compile lengths".split()})
         evaluation.main(test)
 
 
