@@ -123,8 +123,7 @@ class XPos(Rotary):
     max_length = 2 ** 16        # beyond some 72,500 the powers overflow float32
 
     def rotate(self, q, k, i):
-        D = q.shape[-1]
-        zeta = (torch.arange(0, D, 2, device=i.device) / D + 0.4) / 1.4
+        zeta = (torch.arange(0, q.shape[-1], 2, device=i.device) / q.shape[-1] + 0.4) / 1.4
         growth = zeta ** ((i - i.mean())[:, None] / 512)        # centred, so that the powers stay small
         return self.turn(q, i, growth), self.turn(k, i, 1 / growth)
 
@@ -301,12 +300,13 @@ def attend(q, k, v, mask, window, dropout):
         def score_mod(score, b, h, i, j):
             return score + line[h, line.shape[1] // 2 + i - j]      # in the line's middle is distance 0
         return flex_attention(q, k, v, score_mod, blocks, kernel_options=FLEX_OPTIONS)
-    # on a CPU 128 queries at a time, without the keys that none of them sees
     T, y = q.shape[2], []
-    size = T if q.is_cuda else 128
+    if T <= 128 or q.is_cuda:       # to turn a short mask costs less than to turn keys and values
+        return F.scaled_dot_product_attention(q, k, v, mask[None].flip(3).to(q.dtype), dropout)
+    # on a CPU long texts 128 queries at a time, without the keys that none of them sees
     k, v = k.flip(2), v.flip(2)
-    for start in range(0, T, size):
-        stop = min(start + size, T)
+    for start in range(0, T, 128):
+        stop = min(start + 128, T)
         keys = slice(T - stop, T - max(0, start - (window or T) + 1))
         bias, queries = mask[None, :, start:stop, keys].to(q.dtype), q[:, :, start:stop]
         y.append(F.scaled_dot_product_attention(queries, k[:, :, keys], v[:, :, keys], bias, dropout))
@@ -336,7 +336,7 @@ class Block(nn.Module):
         """(B, T, C), positions (T,), the layer's encoding and its mask -> (B, T, C)."""
         B, T, C = x.shape
         qkv = self.c_attn(self.ln_1(x)).view(B, T, 3, self.config.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)        # (B, H, T, D)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))      # (B, H, T, D)
         q, k = pos.rotate(q, k, i)
         if pos.config.logn:
             seen = torch.arange(1, T + 1, device=x.device)[:, None]
