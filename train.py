@@ -194,7 +194,7 @@ def main():
 
     # what can be wrong is found before the first run
     corpus = load(args.data, args.tokenizer, args.data_dir)
-    check(args.block_size < len(corpus.train), f"--block_size: train has {len(corpus.train)} tokens alone")
+    check(0 < args.block_size < len(corpus.train), f"--block_size: train has {len(corpus.train)} tokens")
     evaluation.pick_lengths(args, args.block_size, corpus.valid, "valid")
     paths = {pos: Path(args.out_dir, pos, "ckpt.pt") for pos in args.pos}
     for path in paths.values():
