@@ -2,7 +2,7 @@
 
     python eval.py out/quick --csv table.csv --plot figure.png
     python eval.py out/quick/rotary --extend interpolate ntk
-    python eval.py out/quick/rotary --window 64 --stride 32 --lengths 64 128
+    python eval.py out/quick/rotary --window 256 --stride 128 --lengths 256 512
 
 Without --stride the text is cut into blocks; with it, windows of each length move on by that many tokens
 and score what no window before them has. Either way every target (each token but the first) counts once,

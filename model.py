@@ -23,9 +23,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 @dataclass
 class GPTConfig:
     vocab_size: int = 256
-    block_size: int = 64        # the trained length, in tokens
+    block_size: int = 256       # the trained length, in tokens
     n_layer: int = 3
-    n_head: int = 4
+    n_head: int = 8
     n_embd: int = 128
     dropout: float = 0.0        # of embeddings and residual branches
     attn_dropout: float = 0.0   # of attention weights
