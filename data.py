@@ -1,4 +1,4 @@
-"""A corpus, by name or folder, as arrays of token ids: download, verify, tokenise, cache.
+"""A corpus, by name or folder, as tensors of token ids: download, verify, tokenise, cache.
 
     corpus = load("wikitext-103", "word", "data")       # or "wikitext-2", "stdlib", or a folder
     corpus.train, corpus.valid, corpus.test             # (tokens,), one id each

@@ -147,9 +147,24 @@ def make_parser(doc, epilog=None):
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(bfloat16 on cuda)")
     add("--compile", action=optional, help="with torch.compile, Triton (on cuda)")
     add("--lengths", type=int, nargs="+", metavar="N", help="to test at (1 to 16 times the trained one)")
-    add("--window", type=int, metavar="N", help="keys that a query sees, 0 for all (of hwfa: its own)")
+    add("--window", type=int, metavar="N", help="keys that a query sees; 0: all, in hwfa its own")
     add("--logn", action=optional, help="queries times max(1, ln(place + 1) / ln(trained length))")
     return parser
+
+
+def get_args(argv=None):
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CKPT_OR_RUN_DIR", help="file, run's folder, or folder of runs")
+    add("--data", metavar="NAME", help="corpus or folder (what the checkpoint was trained on)")
+    add("--split", choices=("valid", "test"), default="valid", help="which text (valid)")
+    add("--stride", type=int, metavar="N", help="sliding windows that move on by N tokens")
+    add("--extend", nargs="+", default=[], choices=EXTENSIONS, metavar="NAME", help=", ".join(EXTENSIONS))
+    add("--by_position", action="store_true", help="by position in the window, not by length alone")
+    add("--batch_tokens", type=int, default=16384, metavar="N", help="tokens in a batch (16384)")
+    add("--csv", metavar="FILE", help="write the table")
+    add("--plot", metavar="FILE", help="draw the figure (needs matplotlib)")
+    return parser.parse_args(argv)
 
 
 def pick_device(args):
@@ -169,33 +184,8 @@ def pick_lengths(args, block_size, tokens, split, stride=1):
     doubled = [block_size * 2 ** n for n in range(5)]
     lengths = sorted({*(args.lengths or [n for n in doubled if n < len(tokens)] or doubled[:1])})
     fit = 0 < stride <= lengths[0] and lengths[-1] < len(tokens)
-    check(fit, f"--lengths {lengths}: from {stride} (--stride) to below the {len(tokens)} tokens of {split}")
+    check(fit, f"--lengths {lengths}: from {stride} (--stride) on, below the {len(tokens)} tokens of {split}")
     return lengths
-
-
-def run(main):
-    """Calls main; what a user can put right ends in one line on standard error and exit code 1."""
-    # where it goes into a file, too, each line is there at once
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    try:
-        main()
-    except (UserError, OSError, ImportError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-
-
-def get_args(argv=None):
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT_OR_RUN_DIR", help="file, run's folder, or folder of runs")
-    add("--data", metavar="NAME", help="corpus or folder (what the checkpoint was trained on)")
-    add("--split", choices=("valid", "test"), default="valid", help="which text (valid)")
-    add("--stride", type=int, metavar="N", help="sliding windows that move on by N tokens")
-    add("--extend", nargs="+", default=[], choices=EXTENSIONS, metavar="NAME", help=", ".join(EXTENSIONS))
-    add("--by_position", action="store_true", help="by position in the window, not by length alone")
-    add("--batch_tokens", type=int, default=16384, metavar="N", help="tokens in a batch (16384)")
-    add("--csv", metavar="FILE", help="write the table")
-    add("--plot", metavar="FILE", help="draw the figure (needs matplotlib)")
-    return parser.parse_args(argv)
 
 
 def measure(model, tokens, args, row):
@@ -238,7 +228,7 @@ def main(args=None):
                    logn=int(config.logn), random_positions=config.random_positions, seed=recipe["seed"],
                    checkpoint=str(path), data=data)
 
-        # runs that differ in nothing but their seed share a label, another recipe has its folder in it
+        # runs with the same of all this are seeds of one label; another recipe has its folder in its own
         label = label_of(row)
         same = repr((label, config, recipe | {"seed": 0}, checkpoint["step"]))
         if same not in labels and (label, config.block_size) in labels.values():
@@ -258,6 +248,16 @@ def main(args=None):
         write_csv(args.csv, [row for row in rows if row["tokens"]])
     if args.plot:
         plot(results, args.plot, unit, by)
+
+
+def run(main):
+    """Calls main; what a user can put right ends in one line on standard error and exit code 1."""
+    # where it goes into a file, too, each line is there at once
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    try:
+        main()
+    except (UserError, OSError, ImportError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Position(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config                        # its window and log n are those of the layers it encodes
-        self.layers = [self] * config.n_layer       # of each layer; others than self must have no parameters
+        self.layers = [self] * config.n_layer   # of each layer; others than self: no parameters, no eval()
 
     def positions(self, T, device):
         """(T,): evenly spaced, or in training sorted random ones (Ruoss et al. 2305.16843)."""
@@ -66,7 +66,7 @@ class Position(nn.Module):
         return q, k
 
     def bias(self, i, j):
-        """What is added to the scores: (rows, 1), (1, keys), j <= i -> (H, rows, keys)."""
+        """What is added to the scores: (rows, 1), (1 or rows, keys), j <= i -> (H, rows, keys)."""
         return torch.zeros_like(i - j).expand(self.config.n_head, -1, -1)
 
 
@@ -132,16 +132,16 @@ class T5(Position):
     """score + sqrt(D) t[bucket(i - j)]_h, 32 buckets, logarithmic from 16 to 128 (Raffel et al. 1910.10683).
 
     T5 itself does not divide scores by sqrt(D). Where they are divided, KERPLE's code multiplies the table:
-    Adam, whose steps have one size, would else move it too little."""
+    Adam's steps have the same size for any table, and would move the scores too little without."""
 
     def __init__(self, config):
         super().__init__(config)
         self.table = nn.Parameter(torch.zeros(32, config.n_head))
 
     def bias(self, i, j):
-        near = i - j
-        far = 16 + 16 * torch.log(near.clamp(min=16) / 16) / math.log(8)
-        bucket = torch.where(near < 16, near, far.clamp(max=31)).long()     # (rows, keys)
+        distance = i - j
+        far = 16 + 16 * torch.log(distance.clamp(min=16) / 16) / math.log(8)
+        bucket = torch.where(distance < 16, distance, far.clamp(max=31)).long()     # (rows, keys)
         return self.table[bucket].movedim(-1, 0) * math.sqrt(self.config.n_embd / self.config.n_head)
 
 
@@ -149,7 +149,7 @@ class ALiBi(Position):
     """score - m_h (i - j), m_h = 2^(-8h/H), h from 1, for H a power of 2 (Press et al. 2108.12409)."""
 
     def bias(self, i, j):
-        # beyond n heads, the largest power of two, every other slope of 2n heads: h = 1 .. n, 1/2, 3/2, ...
+        # n heads, the largest power of two, as above; the rest take h = 1/2, 3/2, ..., odd slopes of 2n heads
         H = self.config.n_head
         n = 2 ** int(math.log2(H))
         h = torch.tensor([*range(1, n + 1), *(m + 0.5 for m in range(H - n))], device=i.device)
@@ -167,7 +167,7 @@ class Kerple(Position):
 
     def bias(self, i, j):
         for x in (self.p, self.a):
-            x.data.clamp_(min=0.01)         # as the authors: in the graph, a head below would never learn
+            x.data.clamp_(min=0.01)     # as the authors, outside autograd: inside, no gradient below 0.01
         return -self.p[:, None, None] * torch.log1p(self.a[:, None, None] * (i - j))
 
 
@@ -202,7 +202,8 @@ class HWFA(Rotary):
     """Rotary in a window; the last layer sees all, with log n, no positions (Su, kexue.fm/archives/9603)."""
 
     def __init__(self, config):
-        # the largest window that reaches at most 3/4 of the trained length, stacked: (window - 1) below + 1
+        # the largest window with which the layers below the last reach, one upon the other, at most 3/4 of
+        # the trained length: (window - 1) below + 1
         below = config.n_layer - 1
         window = config.window or 1 + int(0.75 * config.block_size - 1) // max(1, below)
         super().__init__(replace(config, window=window))
@@ -213,7 +214,7 @@ POSITIONS = {"none": Position, "learned": Learned, "sinusoidal": Sinusoidal, "ro
              "alibi": ALiBi, "kerple": Kerple, "sandwich": Sandwich, "xpos": XPos, "fire": FIRE, "hwfa": HWFA}
 
 
-# ---- test-time extensions: each sets one attribute for a length, at the trained one to what it was
+# ---- test-time extensions: each sets one attribute; at the trained length nothing changes
 
 
 def interpolate(pos, length):
@@ -228,13 +229,13 @@ def ntk(pos, length):
 
 
 def hierarchical(pos, length):
-    """Position n i + j gets a u_i + (1 - a) u_j, u = (p - a p_0) / (1 - a) (Su, kexue.fm/archives/7947).
+    """Position n r + s gets a u_r + (1 - a) u_s, u = (p - a p_0) / (1 - a) (Su, kexue.fm/archives/7947).
 
-    With a = 0.4. That is p_j + a / (1 - a) (p_i - p_0): the first n stay as they were, bit for bit."""
+    With a = 0.4. That is p_s + a / (1 - a) (p_r - p_0): the first n stay as they were, bit for bit."""
     n = pos.config.block_size
-    row = torch.arange(n * n, device=pos.table.device)[:max(n, length)]
+    place = torch.arange(n * n, device=pos.table.device)[:max(n, length)]
     p = pos.table.data[:n]
-    pos.table = nn.Parameter(p[row % n] + 0.4 / 0.6 * (p[row // n] - p[0]))
+    pos.table = nn.Parameter(p[place % n] + 0.4 / 0.6 * (p[place // n] - p[0]))
 
 
 EXTENSIONS = {"interpolate": (interpolate, ("learned", "sinusoidal", "rotary", "alibi")),
@@ -264,7 +265,7 @@ def make_mask(pos, i, flex):
         line = T - 1 times -inf, then the bias at distance 0, 1, ..., T - 1         # (H, 2T - 1)
         row of query i = line[i : i + T]
 
-    so that the mask is a view of the line, without memory at any length; others take T^2. FlexAttention
+    so that the mask is a view of the line, without memory of its own; others take T^2. FlexAttention
     (`flex`) reads the line itself: for it the result is (line, its BlockMask)."""
     T = len(i)
     window = pos.config.window or T
@@ -301,7 +302,7 @@ def attend(q, k, v, mask, window, dropout):
             return score + line[h, line.shape[1] // 2 + i - j]      # in the line's middle is distance 0
         return flex_attention(q, k, v, score_mod, blocks, kernel_options=FLEX_OPTIONS)
     T, y = q.shape[2], []
-    if T <= 128 or q.is_cuda:       # to turn a short mask costs less than to turn keys and values
+    if T <= 128 or q.is_cuda:       # to copy a short mask, turned, costs less than to turn k and v
         return F.scaled_dot_product_attention(q, k, v, mask[None].flip(3).to(q.dtype), dropout)
     # on a CPU long texts 128 queries at a time, without the keys that none of them sees
     k, v = k.flip(2), v.flip(2)
@@ -412,9 +413,9 @@ class GPT(nn.Module):
         self.pos = POSITIONS[config.pos](config)
 
     def compile_parts(self):
-        """Compiles what is worth it. Masks are not: in a graph a trained bias would lose its gradient."""
+        """Compiles blocks and head. Masks stay outside: in a graph a trained bias would lose its gradient."""
         torch.compiler.reset()      # of the models before this one
-        torch._dynamo.config.recompile_limit = 64       # graphs, for shapes and kinds of layers; beyond, none
+        torch._dynamo.config.recompile_limit = 64       # graphs of one function, for its shapes and layers
         for block in self.blocks:
             block.compile()
         self.wte.head_loss = torch.compile(head_loss)
@@ -428,7 +429,7 @@ class GPT(nn.Module):
         flex = self.flex and x.is_cuda and not dropout
         # in float32: bfloat16 has no distances beyond 256
         with torch.autocast(i.device.type, enabled=False):
-            masks = {pos: make_mask(pos, i, flex) for pos in set(self.pos.layers)}
+            masks = {pos: make_mask(pos, i, flex) for pos in set(self.pos.layers)}      # one a kind of layer
         for block, pos in zip(self.blocks, self.pos.layers):
             x = block(x, i, pos, masks[pos])
         return self.ln_f(x)
@@ -442,7 +443,7 @@ class GPT(nn.Module):
         return torch.cat([self.wte.loss(*piece) for piece in pieces]).view(targets.shape)
 
     def parameter_groups(self, weight_decay):
-        """For AdamW: matrices decay; norms and the position encoding, whose tables have a meaning, do not."""
+        """For AdamW: matrices decay; norms and what an encoding trains do not."""
         decay, rest = [], []
         for name, p in self.named_parameters():
             (rest if p.dim() < 2 or name.startswith("pos.") else decay).append(p)

@@ -1,5 +1,5 @@
 """Trains a GPT with each of the position encodings named, then tests all runs in
-OUT_DIR at lengths they never saw.
+OUT_DIR at the trained length and at longer ones.
 
     python train.py --preset quick --pos sinusoidal rotary t5 alibi   # laptop
     python train.py --preset small --pos sinusoidal alibi             # one GPU
@@ -40,7 +40,7 @@ SETTINGS = {    # the value in each preset and its meaning; the paper trained wi
     "weight_decay": (0.1, 0.1, 0.0, "of matrices"),
     "grad_clip": (1.0, 1.0, 0.1, "the gradient's norm at most; 0 is off"),
     "eval_interval": (500, 1000, 2000, "steps from one evaluation and checkpoint to the next")}
-# what decides a run beside its model and its text: --resume insists on it
+# with the model and the text, what decides a run: --resume insists on it
 RECIPE = "seed batch_size grad_accum max_iters learning_rate warmup_iters weight_decay grad_clip dtype"
 
 
@@ -127,10 +127,10 @@ def train(path, config, corpus, args):
     if args.rank == 0:
         print(f"{config.pos}: {size:,} parameters on {args.device} in {args.dtype}, saved in {path.parent}")
     last_eval, loss_sum, clock = step, 0.0, time.perf_counter()
-    hidden = args.rank > 0 or None          # None: where output is no terminal
+    hidden = args.rank > 0 or None          # None: only where output is no terminal
     bar = tqdm(range(step, args.max_iters), config.pos, args.max_iters, initial=step, disable=hidden)
     for step in bar:
-        # all that is random in a step comes from here, so that a resumed run repeats it exactly
+        # all that is random in a step comes from here (2^32 steps a seed): a resumed run repeats it exactly
         torch.manual_seed((args.seed << 32) + step * args.processes + args.rank)
         lr = get_lr(step, args)
         for group in optimizer.param_groups:
