@@ -57,8 +57,8 @@ def write_csv(path, rows):
     """Writes dicts with the same keys, which are the header."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([*rows[:1], *(row.values() for row in rows)])
-    content = text.getvalue().encode(errors="surrogateescape")      # any path
-    write_whole(path, lambda file: file.write(content))
+    # a path may be no UTF-8
+    write_whole(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
 
 
 def load(name, tokenizer, data_dir):

@@ -82,8 +82,7 @@ def print_table(results, heading, verdicts=True):
     lengths = sorted({length for by_length in results.values() for length in by_length})
     wide = max(len(label) for label, _ in [("encoding", 0), *results])
     width = 2 + max(6, *(len(cell(ppl)) for by_length in results.values() for ppl in by_length.values()))
-    print(heading)
-    print(f"{'encoding':{wide}} trained" + "".join(f"{length:{width}}" for length in lengths))
+    print(f"{heading}\n{'encoding':{wide}} trained" + "".join(f"{length:{width}}" for length in lengths))
     for (label, trained), by_length in results.items():
         cells = [cell(by_length.get(length, [math.nan])).rjust(width) for length in lengths]
         end = verdict(trained, by_length) if verdicts else ""

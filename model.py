@@ -277,11 +277,14 @@ def make_mask(pos, i, flex):
         bias = pos.bias(i[:, None], i[:1, None])[..., 0]          # (H, T), from the first key
         line = F.pad(bias.masked_fill(place >= window, -math.inf), (T - 1, 0), value=-math.inf)
         return (line, causal_blocks(T, window, i.device)) if flex else line.unfold(1, T, 1)
-    rows, key = [], place.flip(0)
-    for query in place[:, None].split(128):
+    rows = []
+    for start in range(0, T, 128):
+        query = place[start:start + 128, None]
+        key = place[:start + 128].flip(0)
         # a key that comes later stands at distance 0 until it is hidden: others may have no finite bias
-        bias = pos.bias(i[query], i[torch.minimum(query, key)])                             # (H, 128, T)
-        rows.append(bias.masked_fill((key > query) | (key <= query - window), -math.inf))
+        bias = pos.bias(i[query], i[torch.minimum(query, key)])                             # (H, 128, keys)
+        bias = bias.masked_fill((key > query) | (key <= query - window), -math.inf)
+        rows.append(F.pad(bias, (T - len(key), 0), value=-math.inf))
     return torch.cat(rows, 1)
 
 
@@ -306,10 +309,10 @@ def attend(q, k, v, mask, window, dropout):
         return F.scaled_dot_product_attention(q, k, v, mask[None].flip(3).to(q.dtype), dropout)
     # on a CPU long texts 128 queries at a time, without the keys that none of them sees
     k, v = k.flip(2), v.flip(2)
-    for start in range(0, T, 128):
-        stop = min(start + 128, T)
+    for start, rows in zip(range(0, T, 128), mask.split(128, 1)):
+        stop = start + rows.shape[1]
         keys = slice(T - stop, T - max(0, start - (window or T) + 1))
-        bias, queries = mask[None, :, start:stop, keys].to(q.dtype), q[:, :, start:stop]
+        bias, queries = rows[None, ..., keys].to(q.dtype), q[:, :, start:stop]
         y.append(F.scaled_dot_product_attention(queries, k[:, :, keys], v[:, :, keys], bias, dropout))
     return torch.cat(y, 2)
 
@@ -425,8 +428,8 @@ class GPT(nn.Module):
         """Final hidden states: (B, T) -> (B, T, C)."""
         i = self.pos.positions(idx.shape[1], idx.device)
         x = self.drop(self.pos.embed(self.wte(idx), i))
-        dropout = self.training and self.config.attn_dropout       # which FlexAttention does not have
-        flex = self.flex and x.is_cuda and not dropout
+        # FlexAttention has no dropout
+        flex = self.flex and x.is_cuda and not (self.training and self.config.attn_dropout)
         # in float32: bfloat16 has no distances beyond 256
         with torch.autocast(i.device.type, enabled=False):
             masks = {pos: make_mask(pos, i, flex) for pos in set(self.pos.layers)}      # one a kind of layer
