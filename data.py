@@ -57,8 +57,7 @@ def write_csv(path, rows):
     """Writes dicts with the same keys, which are the header."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([*rows[:1], *(row.values() for row in rows)])
-    # a path may be no UTF-8
-    write_whole(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def load(name, tokenizer, data_dir):

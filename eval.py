@@ -73,9 +73,8 @@ def cell(ppl):
     """The mean over seeds, and where there are several the standard deviation."""
     mean = np.mean(ppl)
     text = f"{mean:.2f}" if mean < 1e6 else f"{mean:.1e}"
-    if len(ppl) > 1:
-        text += f" ± {np.std(ppl, ddof=1):.2f}"
-    return "-" if math.isnan(mean) else text
+    std = f" ± {np.std(ppl, ddof=1):.2f}" if len(ppl) > 1 else ""
+    return "-" if math.isnan(mean) else text + std
 
 
 def print_table(results, heading, verdicts=True):
@@ -87,7 +86,8 @@ def print_table(results, heading, verdicts=True):
         cells = [cell(by_length.get(length, [math.nan])).rjust(width) for length in lengths]
         end = verdict(trained, by_length) if verdicts else ""
         print(f"{label:{wide}} {trained:7}{''.join(cells)}  {end}".rstrip())
-    print("fails: over 1% above the trained length's perplexity, or -, beyond the last position")
+    if verdicts:
+        print("fails: over 1% above the trained length's perplexity, or -, beyond the last position")
 
 
 def plot(results, path, unit, by):
