@@ -555,8 +555,7 @@ def random_words(seed):
 
 
 def read_csv(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
 def column(path, key):
@@ -816,7 +815,9 @@ def test_bfloat16(here):
     flags = "--dtype bfloat16 --block_size 132 --max_iters 1 --warmup_iters 0 --lengths 132"
     works(f"train --pos {' '.join(POSITIONS)} --out_dir new {flags}")
     works(f"train --pos none --out_dir new/exact {flags} --dtype float32")
-    assert learned_in("new/none") != learned_in("new/exact/none")
+    works("eval new/exact/none --lengths 132 --csv t.csv --dtype bfloat16")
+    assert column("t.csv", "loss") != column("new/exact/none/log.csv", "valid_loss")
+    assert learned_in("new/none")[0] != learned_in("new/exact/none")[0]
     for pos in POSITIONS:
         trained = load_run(f"new/{pos}")
         torch.manual_seed(1337)
