@@ -57,7 +57,8 @@ def write_csv(path, rows):
     """Writes dicts with the same keys, which are the header."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([*rows[:1], *(row.values() for row in rows)])
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    # any path
+    write_whole(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
 
 
 def load(name, tokenizer, data_dir):
