@@ -25,7 +25,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 import eval as evaluation  # not the builtin
@@ -371,17 +370,16 @@ def test_slices_are_plain_attention(pos, N, window):
 
 
 @parametrize("pos, window", [("alibi", 0), ("t5", 40), ("kerple", 0), ("none", 9)])
-def test_fused_kernel_by_its_reference(pos, window):
+def test_fused_kernel_by_its_reference(pos, window, monkeypatch):
     """What FlexAttention is given on a GPU, run by its reference on the CPU."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     pos, i = tiny_model(pos, window=window).pos, torch.arange(200.0)
-    qkv = torch.randn(3, 1, 2, 200, 8)
+    qkv = torch.randn(3, 1, 2, 200, 8).requires_grad_()
     line, blocks = make_mask(pos, i, True)
     assert line.shape == (2, 399)       # a row for each head, though none's are all the same
     fused, slow = attend(*qkv, (line, blocks), window, 0.0), plain_attention(*qkv, pos, i)
     close(fused, slow, 1e-3)
-    leaves = list(pos.parameters())
-    if leaves:
-        same_gradients(fused, slow, leaves)
+    same_gradients(fused, slow, [qkv, *pos.parameters()])
 
 
 @parametrize("pos", ["none", "learned", "t5", "xpos", "fire", "hwfa"])       # all kinds of graphs
@@ -487,14 +485,12 @@ def call(command):
     program, *flags = command.split()
     argv = [f"{program}.py", *BASE[program].split(), *flags]
     out, err = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
-    code = 0
-    with mock.patch.multiple(sys, argv=argv, stdout=out, stderr=err):
-        try:
-            evaluation.run({"train": train, "eval": evaluation}[program].main)
-        except SystemExit as stop:
-            code = stop.code
-            if isinstance(code, str):       # Python prints it and ends with 1
-                code = err.write(f"{code}\n") and 1
+    with mock.patch.multiple(sys, argv=argv, stdout=out, stderr=err), pytest.raises(SystemExit) as stop:
+        evaluation.run({"train": train, "eval": evaluation}[program].main)
+        sys.exit(0)
+    code = stop.value.code
+    if isinstance(code, str):       # Python prints it and ends with 1
+        code = err.write(f"{code}\n") and 1
     return code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
 
 
@@ -683,15 +679,15 @@ def test_every_target_counts_once(n, length, stride):
     for target in range(1, n):
         start = max(0, math.ceil((target - length) / step)) * step
         place = target - start - 1
-        ids = F.pad(stream[start:target], (0, length - place - 1))[None]
+        ids = torch.nn.functional.pad(stream[start:target], (0, length - place - 1))[None]
         loss = model(ids, stream[target].expand(1, length))[0, place]
         expected[:, place] += torch.tensor([loss.item(), 1])
     with mock.patch.object(model.wte, "loss", wraps=model.wte.loss) as loss:
         for batch_tokens in (1, 64):
             found = evaluation.evaluate(model, stream, length, stride, batch_tokens=batch_tokens)
             close(found, expected, 1e-3)
-    scored = sum(len(call.args[1]) for call in loss.call_args_list)
-    assert scored < 2 * (n - 1 + step)      # what does not count costs no logits
+    # what does not count costs no logits
+    assert sum(len(call.args[1]) for call in loss.call_args_list) < 2 * (n - 1 + step)
 
 
 def test_evaluation_leaves_training_alone():
@@ -954,17 +950,13 @@ def test_help():
     """Within reason, and with every encoding's formula."""
     lines = works("train --help").splitlines()
     assert len(lines) < 100 and max(map(len, lines)) < 130 and works("eval --help")
-    formulas = {f"  {pos:11} {encoding.__doc__.splitlines()[0]}" for pos, encoding in POSITIONS.items()}
-    assert formulas <= set(lines)
+    assert {f"  {pos:11} {x.__doc__.splitlines()[0]}" for pos, x in POSITIONS.items()} <= set(lines)
 
 
 def test_the_papers_finding(tmp_path, monkeypatch):
     """Trained at 32 bytes of Python's library, tested at 256: ALiBi holds, sinusoidal and rotary do not."""
     monkeypatch.chdir(tmp_path)
-    library = sorted(Path(os.__file__).parent.glob("*.py"))
-    text = b"".join(path.read_bytes() for path in library)[:2 ** 20 + 12000]
-    write_corpus("library", text[:2 ** 20], text[2 ** 20:], b"empty")
-    works("train --data library --tokenizer byte --block_size 32 --batch_size 16 --n_head 4 --n_embd 64 "
+    works("train --data stdlib --tokenizer byte --block_size 32 --batch_size 16 --n_head 4 --n_embd 64 "
           "--max_iters 120 --warmup_iters 40 --learning_rate 4e-3 --eval_interval 120 "
           "--lengths 32 256 --pos sinusoidal rotary alibi")
     ppl = column("out/extrapolation.csv", "ppl")
@@ -1035,58 +1027,67 @@ def shows(cell, *numbers):
 
 
 def measured(file):
-    """{(name, length or span): [perplexity, by position loss, of each seed]} of a CSV."""
+    """{(name, trained length, length or span's end): [perplexity or loss of each seed]} of a CSV."""
     found = {}
     for row in read_csv(file):
-        if "first" in row:
-            last = f" to {row['last']}" if row["first"] != row["last"] else ""
-            key, value = (row["pos"], row["first"] + last), row["loss"]
-        else:
-            options = row["pos"], row["extend"], "logn" * int(row["logn"]), f"window {row['window']}"
-            label = " + ".join(x for x in options if x not in ("", "window 0"))
-            key, value = (label, row["length"]), row["ppl"]
-        found.setdefault(key, []).append(float(value))
+        options = [row["extend"], "logn" * int(row["logn"])]
+        options += [f"{key} {row[key]}" for key in ("window", "random_positions") if row[key] != "0"]
+        name = " + ".join([row["pos"], *filter(None, options)])
+        where, value = (row["last"], row["loss"]) if "last" in row else (row["length"], row["ppl"])
+        found.setdefault((name, row["train_length"], where), []).append(float(value))
     return found
 
 
-def is_best(seeds, others):
-    """Whether it is below all others by more than two standard errors."""
-    def error(x):
-        return np.std(x, ddof=1) / math.sqrt(len(x))
-    return bool(others) and min(map(len, [seeds, *others])) > 1 and all(
-        np.mean(x) - np.mean(seeds) > 2 * math.hypot(error(x), error(seeds)) for x in others)
+def check_column(cells, column):
+    """Means over seeds, ± deviations; bold is one below all others by more than two standard errors."""
+    for cell, ppl in zip(cells, column, strict=True):
+        numbers = [np.mean(ppl), np.std(ppl, ddof=1)] if len(ppl) > 1 else ppl
+        assert shows(cell, *numbers) if ppl else cell == "-", (cell, ppl)
+    best, *others = sorted(filter(None, column), key=np.mean)
+    [seeds] = {len(ppl) for ppl in column if ppl}
+    far = others and seeds > 1 and all(
+        np.mean(x) - np.mean(best) > 2 * math.sqrt((np.var(x, ddof=1) + np.var(best, ddof=1)) / seeds)
+        for x in others)
+    assert [ppl for cell, ppl in zip(cells, column) if "**" in cell] == ([best] if far else [])
 
 
 def test_pages_and_assets_name_each_other():
     assert {path.name for path in ASSETS.glob("*.csv")} <= set(re.findall(r"\w+\.csv", TEXT))
-    for page in PAGES:
-        links = re.findall(r"\]\(((?:assets/|\.\./)?\w+\.\w+)", page.read_text())
-        assert [link for link in links if not Path(page.parent, link).exists()] == []
+    links = {page.parent / x for page in PAGES for x in re.findall(r"\]\(([\w./]+)[)#]", page.read_text())}
+    assert len(links) > 10 and [link for link in links if not link.exists()] == []
     assert any(set(rows) == set(POSITIONS) for _, head, rows in read_tables() if "formula" in head)
-    assert len(tables(r"encoding \| \d")) > 5 and len(tables(r"loss|ratio|encoding \| paper")) > 3
+    assert len(tables(r"encoding \| \d")) > 6 and len(tables(r"trained|encoding \| (paper|tokens)")) > 2
 
 
 @parametrize("file, head, rows", tables(r"encoding \| \d"))
 def test_tables_of_results(file, head, rows):
-    """Each cell is the mean of its seeds, ± their deviation; bold where it is best; the verdict is eval's."""
-    found, trained = measured(file), int(read_csv(file)[0]["train_length"])
-    assert set(rows) == {name for name, _ in found}
-    for name, (*cells, verdict) in rows.items():
-        by_length = {length: found.get((name, length), [math.nan]) for length in head[:-1]}
-        assert verdict == evaluation.verdict(trained, {int(n): ppl for n, ppl in by_length.items()}), name
-        for cell, (length, ppl) in zip(cells, by_length.items(), strict=True):
-            others = [x for (other, n), x in found.items() if n == length and other != name]
-            assert ("**" in cell) == is_best(ppl, others), (name, length)
-            numbers = [np.mean(ppl), np.std(ppl, ddof=1)] if len(ppl) > 1 else ppl
-            assert shows(cell, *numbers) if numbers[0] > 0 else cell == "-", (name, length)
-
-
-@parametrize("file, head, rows", tables("loss having seen"))
-def test_tables_by_position(file, head, rows):
-    found = measured(file)
-    assert set(found) == {(name, span) for name in rows for span in head}
+    """By length, with eval's verdict, or by position."""
+    found, trained = measured(file), read_csv(file)[0]["train_length"]
+    ends = [end for end in head if end]
+    assert {(name, trained, end) for name in rows for end in ends} >= set(found)
+    for end, cells in zip(ends, zip(*rows.values())):
+        check_column(cells, [found.get((name, trained, end), []) for name in rows])
     for name, cells in rows.items():
-        assert all(map(shows, cells, [np.mean(found[name, span]) for span in head]))
+        ppl = {int(end): found.get((name, trained, end), [math.nan]) for end in ends}
+        by_position = "last" in read_csv(file)[0]
+        assert cells[len(ends):] == ([] if by_position else [evaluation.verdict(int(trained), ppl)]), name
+
+
+@parametrize("file, head, rows", tables("trained"))
+def test_train_short_test_long(file, head, rows):
+    """In blocks and sliding, here and in the paper; every model of short.csv has its row."""
+    files = {"": "short.csv", "sliding": "short_sliding.csv", "paper": "paper.csv"}
+    speed = speeds(ASSETS / "short_speed.csv")
+    models = [tuple(name.split()) for name in rows]
+    assert set(models) == set(speed) == {key[:2] for key in measured(ASSETS / "short.csv")}
+    for title, cells in zip(head, zip(*rows.values()), strict=True):
+        kind, _, length = title.rpartition(" ")
+        if title == "speed":
+            ratios = [np.median(speed[model] / speed["sinusoidal", "512"]) for model in models]
+            assert all(map(shows, cells, ratios))
+        else:
+            found = measured(ASSETS / files[kind])
+            check_column(cells, [found.get((*model, length), []) for model in models])
 
 
 @parametrize("file, head, rows", tables(r"encoding \| paper"))
@@ -1096,21 +1097,25 @@ def test_ratios_to_the_paper(file, head, rows):
     ppl = {"paper": measured(ASSETS / "paper.csv"), "here": measured(ASSETS / "bytes.csv")}
     for name, cells in rows.items():
         for title, cell in zip(head, cells, strict=True):
-            where, long, _, short = title.split()
-            assert shows(cell, np.mean(ppl[where][name, long]) / np.mean(ppl[where][name, short]))
+            side, long, _, short = title.split()
+            assert shows(cell, np.mean(ppl[side][name, short, long]) / np.mean(ppl[side][name, short, short]))
 
 
-@parametrize("file, head, rows", tables("ratio to none"))
+def speeds(file):
+    """{(pos, trained length): tokens/s of each round} of a CSV."""
+    found = {}
+    for row in read_csv(file):
+        found.setdefault((row["pos"], row["train_length"]), []).append(float(row["tokens_per_s"]))
+    return {key: np.array(rounds) for key, rounds in found.items()}
+
+
+@parametrize("file, head, rows", tables(r"encoding \| tokens"))
 def test_table_of_speeds(file, head, rows):
-    speed = {}
-    for row in sorted(read_csv(file), key=lambda row: row["run"]):
-        speed.setdefault(row["pos"], []).append(float(row["tokens_per_s"]))
-    assert {name.partition(",")[0] for name in rows} == set(speed)
-    assert head[0] == ("median" if head[1:] else "one run")
-    for name, cells in rows.items():
-        pos, _, unit = name.partition(", ")
-        numbers = np.array(speed[pos]) / (1 if unit else speed["none"])
-        assert all(map(shows, cells, [np.median(numbers), *numbers]))
+    speed = {pos: rounds for (pos, _), rounds in speeds(file).items()}
+    assert set(rows) == set(speed) and head == ["tokens/s", "ratio to none"]
+    for pos, (tokens_per_s, ratio) in rows.items():
+        assert shows(tokens_per_s, np.median(speed[pos]))
+        assert shows(ratio, np.median(speed[pos] / speed["none"]))
 
 
 def test_quick_run_as_printed():
@@ -1119,7 +1124,7 @@ def test_quick_run_as_printed():
     [(head, lines)] = re.findall(r"^ *encoding +trained(.*)\n((?: *\w+ +256 .*\n)+)", TEXT, re.M)
     for line in lines.splitlines():
         name, _, *cells = line.split()
-        ppl = {int(length): found.pop((name, length)) for length in head.split()}
+        ppl = {int(length): found.pop((name, "256", length)) for length in head.split()}
         assert all(shows(cell, *x) for cell, x in zip(cells, ppl.values()))
         assert line.split("  ")[-1] == evaluation.verdict(256, ppl)
     assert not found
