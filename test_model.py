@@ -1023,7 +1023,7 @@ def shows(cell, *numbers):
     """Whether a cell has these numbers, rounded to its digits."""
     printed = re.findall(r"[\d.]+", cell.replace(",", ""))
     digits = [len(text.partition(".")[2]) for text in printed]
-    return printed == [f"{x:.{n}f}" for x, n in zip(numbers, digits)]
+    return printed == [f"{x:.{n}f}" for x, n in zip(numbers, digits, strict=True)]
 
 
 def measured(file):
