@@ -953,13 +953,15 @@ def test_help():
     assert {f"  {pos:11} {x.__doc__.splitlines()[0]}" for pos, x in POSITIONS.items()} <= set(lines)
 
 
-def test_the_papers_finding(tmp_path, monkeypatch):
+def test_the_papers_finding(here):
     """Trained at 32 bytes of Python's library, tested at 256: ALiBi holds, sinusoidal and rotary do not."""
-    monkeypatch.chdir(tmp_path)
-    works("train --data stdlib --tokenizer byte --block_size 32 --batch_size 16 --n_head 4 --n_embd 64 "
+    library = sorted(Path(os.__file__).parent.glob("*.py"))
+    text = b"".join(path.read_bytes() for path in library)[:2 ** 20 + 12000]
+    write_corpus("library", text[:2 ** 20], text[2 ** 20:], b"empty")
+    works("train --data library --tokenizer byte --block_size 32 --batch_size 16 --n_head 4 --n_embd 64 "
           "--max_iters 120 --warmup_iters 40 --learning_rate 4e-3 --eval_interval 120 "
-          "--lengths 32 256 --pos sinusoidal rotary alibi")
-    ppl = column("out/extrapolation.csv", "ppl")
+          "--lengths 32 256 --pos sinusoidal rotary alibi --out_dir new")
+    ppl = column("new/extrapolation.csv", "ppl")
     linear, turning, waves = (long / short for short, long in zip(ppl[::2], ppl[1::2]))     # by name
     assert linear < 1.04 < min(turning, waves)
 
@@ -1030,9 +1032,7 @@ def measured(file):
     """{(name, trained length, length or span's end): [perplexity or loss of each seed]} of a CSV."""
     found = {}
     for row in read_csv(file):
-        options = [row["extend"], "logn" * int(row["logn"])]
-        options += [f"{key} {row[key]}" for key in ("window", "random_positions") if row[key] != "0"]
-        name = " + ".join([row["pos"], *filter(None, options)])
+        name = evaluation.label_of(row | {k: int(row[k]) for k in "logn window random_positions".split()})
         where, value = (row["last"], row["loss"]) if "last" in row else (row["length"], row["ppl"])
         found.setdefault((name, row["train_length"], where), []).append(float(value))
     return found
