@@ -1056,21 +1056,21 @@ def test_pages_and_assets_name_each_other():
     links = {page.parent / x for page in PAGES for x in re.findall(r"\]\(([\w./]+)[)#]", page.read_text())}
     assert len(links) > 10 and [link for link in links if not link.exists()] == []
     assert any(set(rows) == set(POSITIONS) for _, head, rows in read_tables() if "formula" in head)
-    assert len(tables(r"encoding \| \d")) > 6 and len(tables(r"trained|encoding \| (paper|tokens)")) > 2
+    assert len(tables(r"encoding \| \d")) > 7 and len(tables(r"trained|encoding \| (paper|tokens)")) > 2
 
 
 @parametrize("file, head, rows", tables(r"encoding \| \d"))
 def test_tables_of_results(file, head, rows):
     """By length, with eval's verdict, or by position."""
-    found, trained = measured(file), read_csv(file)[0]["train_length"]
-    ends = [end for end in head if end]
-    assert {(name, trained, end) for name in rows for end in ends} >= set(found)
-    for end, cells in zip(ends, zip(*rows.values())):
+    found, first = measured(file), read_csv(file)[0]
+    trained, ends = first["train_length"], [end for end in head if end]
+    assert {(name, trained) for name in rows} == {key[:2] for key in found}
+    assert set(ends) == {key[2] for key in found}
+    for end, cells in zip(ends, zip(*rows.values(), strict=True)):
         check_column(cells, [found.get((name, trained, end), []) for name in rows])
     for name, cells in rows.items():
         ppl = {int(end): found.get((name, trained, end), [math.nan]) for end in ends}
-        by_position = "last" in read_csv(file)[0]
-        assert cells[len(ends):] == ([] if by_position else [evaluation.verdict(int(trained), ppl)]), name
+        assert cells[len(ends):] == ([] if "last" in first else [evaluation.verdict(int(trained), ppl)]), name
 
 
 @parametrize("file, head, rows", tables("trained"))
@@ -1104,7 +1104,7 @@ def test_ratios_to_the_paper(file, head, rows):
 def speeds(file):
     """{(pos, trained length): tokens/s of each round} of a CSV."""
     found = {}
-    for row in read_csv(file):
+    for row in sorted(read_csv(file), key=lambda row: row["run"]):
         found.setdefault((row["pos"], row["train_length"]), []).append(float(row["tokens_per_s"]))
     return {key: np.array(rounds) for key, rounds in found.items()}
 
