@@ -57,7 +57,7 @@ def write_csv(path, rows):
     """Writes dicts with the same keys, which are the header."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([*rows[:1], *(row.values() for row in rows)])
-    # any path
+    # a path need not be UTF-8
     write_whole(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
 
 

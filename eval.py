@@ -227,7 +227,7 @@ def main(args=None):
                    logn=int(config.logn), random_positions=config.random_positions, seed=recipe["seed"],
                    checkpoint=str(path), data=data)
 
-        # runs with the same of all this are seeds of one label; another recipe has its folder in its own
+        # runs that differ only in their seed share a line; another recipe's of that name has its folder in it
         label = label_of(row)
         same = repr((label, config, recipe | {"seed": 0}, checkpoint["step"]))
         if same not in labels and (label, config.block_size) in labels.values():
@@ -235,13 +235,13 @@ def main(args=None):
         label, trained = labels.setdefault(same, (label, config.block_size))
         for measured in measure(model, tokens, args, row):
             line = f"{label} at {measured['length']}" if args.by_position else label
-            column = measured["first" if args.by_position else "length"]
+            column = measured["last" if args.by_position else "length"]
             results.setdefault((line, trained), {}).setdefault(column, []).append(measured["ppl"])
             rows.append(measured)
 
     unit = " or ".join(sorted(units))
     how = f"sliding by {args.stride}" if args.stride else "non-overlapping"
-    by = "position in the window, from" if args.by_position else "length in tokens"
+    by = "position in the window, up to" if args.by_position else "length in tokens"
     print_table(results, f"perplexity per {unit}, {args.split} split, {how}, by {by}", not args.by_position)
     if args.csv:
         write_csv(args.csv, [row for row in rows if row["tokens"]])

@@ -48,7 +48,7 @@ class Position(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config                        # its window and log n are those of the layers it encodes
-        self.layers = [self] * config.n_layer   # of each layer; others than self: no parameters, no eval()
+        self.layers = [self] * config.n_layer  # one a layer, a plain list: others than self are no submodules
 
     def positions(self, T, device):
         """(T,): evenly spaced, or in training sorted random ones (Ruoss et al. 2305.16843)."""
@@ -178,6 +178,7 @@ class Sandwich(Position):
         H = self.config.n_head
         h = torch.arange(1, H + 1, device=i.device)[:, None, None]
         n = torch.arange(1, 65, device=i.device)
+        # less 64, which softmax does not see, it is 0 at distance 0, where bfloat16 is finest
         waves = torch.cos((i - j)[..., None] * 10000.0 ** (-n / 64)).sum(-1)
         return (waves - 64) * H / (8 * h)
 
@@ -210,8 +211,8 @@ class HWFA(Rotary):
         self.layers[-1] = Position(replace(config, window=0, logn=True))
 
 
-POSITIONS = {"none": Position, "learned": Learned, "sinusoidal": Sinusoidal, "rotary": Rotary, "t5": T5,
-             "alibi": ALiBi, "kerple": Kerple, "sandwich": Sandwich, "xpos": XPos, "fire": FIRE, "hwfa": HWFA}
+POSITIONS = {"none": Position, "learned": Learned, "sinusoidal": Sinusoidal, "rotary": Rotary, "xpos": XPos,
+             "t5": T5, "alibi": ALiBi, "kerple": Kerple, "sandwich": Sandwich, "fire": FIRE, "hwfa": HWFA}
 
 
 # ---- test-time extensions: each sets one attribute; at the trained length nothing changes
@@ -281,7 +282,7 @@ def make_mask(pos, i, flex):
     for start in range(0, T, 128):
         query = place[start:start + 128, None]
         key = place[:start + 128].flip(0)
-        # a key that comes later stands at distance 0 until it is hidden: others may have no finite bias
+        # later keys, hidden below, get distance 0: at a negative one a bias may be nan
         bias = pos.bias(i[query], i[torch.minimum(query, key)])                             # (H, 128, keys)
         bias = bias.masked_fill((key > query) | (key <= query - window), -math.inf)
         rows.append(F.pad(bias, (T - len(key), 0), value=-math.inf))
@@ -305,7 +306,7 @@ def attend(q, k, v, mask, window, dropout):
             return score + line[h, line.shape[1] // 2 + i - j]      # in the line's middle is distance 0
         return flex_attention(q, k, v, score_mod, blocks, kernel_options=FLEX_OPTIONS)
     T, y = q.shape[2], []
-    if T <= 128 or q.is_cuda:       # to copy a short mask, turned, costs less than to turn k and v
+    if T <= 128 or q.is_cuda:       # to flip a short mask costs less than to flip k and v
         return F.scaled_dot_product_attention(q, k, v, mask[None].flip(3).to(q.dtype), dropout)
     # on a CPU long texts 128 queries at a time, without the keys that none of them sees
     k, v = k.flip(2), v.flip(2)
@@ -430,7 +431,7 @@ class GPT(nn.Module):
         x = self.drop(self.pos.embed(self.wte(idx), i))
         # FlexAttention has no dropout
         flex = self.flex and x.is_cuda and not (self.training and self.config.attn_dropout)
-        # in float32: bfloat16 has no distances beyond 256
+        # in float32: bfloat16 cannot tell distances beyond 256 apart
         with torch.autocast(i.device.type, enabled=False):
             masks = {pos: make_mask(pos, i, flex) for pos in set(self.pos.layers)}      # one a kind of layer
         for block, pos in zip(self.blocks, self.pos.layers):
