@@ -1056,7 +1056,7 @@ def test_pages_and_assets_name_each_other():
     links = {page.parent / x for page in PAGES for x in re.findall(r"\]\(([\w./]+)[)#]", page.read_text())}
     assert len(links) > 10 and [link for link in links if not link.exists()] == []
     assert any(set(rows) == set(POSITIONS) for _, head, rows in read_tables() if "formula" in head)
-    assert len(tables(r"encoding \| \d")) > 7 and len(tables(r"trained|encoding \| (paper|tokens)")) > 2
+    assert len(tables(r"encoding \| \d")) > 8 and len(tables(r"trained|encoding \| (paper|tokens)")) > 2
 
 
 @parametrize("file, head, rows", tables(r"encoding \| \d"))
