@@ -706,7 +706,7 @@ def test_by_position(here):
     assert (first, last, head.split()[2:]) == ([1, 2, 3, 5, 9], [1, 2, 4, 8, 12], "1 2 4 8 12".split())
     assert counts == [sum(a <= n % 12 + 1 <= b for n in range(150)) for a, b in zip(first, last)]
     assert column("whole.csv", "loss") == pytest.approx([np.average(loss, weights=counts)], rel=1e-5)
-    assert labels == ["alibi at 12"] and cells[:5] == [f"{math.exp(x):.2f}" for x in loss]
+    assert labels == ["alibi at 12"] and cells == [f"{math.exp(x):.2f}" for x in loss]
 
 
 def test_table_and_csv(here):
