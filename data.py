@@ -41,22 +41,32 @@ def check(condition, message):
         raise UserError(message)
 
 
-def write_whole(path, write, mark=""):
+def write_whole(path, write):
     """Calls write(file) on a file beside, which then takes the place of `path`: never a half-written one.
 
-    Processes that may write the same path at the same time need different marks."""
+    What is there and is no regular file, a pipe or /dev/stdout, is written to as it is."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            write(file)
+        return
+    path = path.resolve()       # the file, where it is a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(f"{path}{mark}.tmp")
-    with open(beside, "wb") as file:
-        write(file)
-    os.replace(beside, path)
+    beside = Path(f"{path}.{os.getpid()}.tmp")      # two processes may write the same path
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_csv(path, rows):
     """Writes dicts with the same keys, which are the header."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([*rows[:1], *(row.values() for row in rows)])
+    writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     # a path need not be UTF-8
     write_whole(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
 
@@ -74,7 +84,7 @@ def load(name, tokenizer, data_dir):
     words = read_words(files["train"]) if tokenizer == "word" else []
     splits = [read_split(files[split], words) for split in SPLITS]
     try:
-        write_whole(cache, lambda file: torch.save([*splits, " ".join(words)], file), mark=os.getpid())
+        write_whole(cache, lambda file: torch.save([*splits, " ".join(words)], file))
     except OSError as error:
         print(f"the tokens are not cached: {error}")
     return Corpus(*splits, words)
@@ -149,7 +159,7 @@ def fetch(name, folder):
     check(hashlib.sha256(content).hexdigest() == SHA256[name], f"{archive.name} is damaged: get it again")
     for split in SPLITS:
         text = zipfile.ZipFile(io.BytesIO(content)).read(f"{name}/wiki.{split}.tokens")
-        write_whole(folder / f"wiki.{split}.tokens", lambda file: file.write(text), mark=os.getpid())
+        write_whole(folder / f"wiki.{split}.tokens", lambda file: file.write(text))
 
 
 def download(url):

@@ -10,9 +10,11 @@ at every length.
 """
 import argparse
 import glob
+import io
 import math
 import os
 import sys
+from collections import namedtuple
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -30,16 +32,17 @@ def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=1
 
     Uses no randomness; leaves the model in training mode."""
     device = next(model.parameters()).device
-    last, stride = len(tokens) - 1, stride or length        # the last token's index; as many targets
+    stride = stride or length
+    last = len(tokens) - 1              # the last token's index, and the number of targets
     starts = list(range(0, max(1, last - length + stride), stride))
     # the first window alone, since all of its targets count; of later ones the last `stride`
-    size = max(1, batch_tokens // length)
-    batches = [starts[:1]] + [starts[n:n + size] for n in range(1, len(starts), size)]
+    many = max(1, batch_tokens // length)
+    batches = [starts[:1]] + [starts[n:n + many] for n in range(1, len(starts), many)]
     sums = torch.zeros(2, length, dtype=torch.float64)
     model.eval()
     for batch in tqdm(batches, f"{model.config.pos} at {length}", leave=False, disable=None):
         index = torch.tensor(batch)[:, None] + torch.arange(length + 1)             # (B, T + 1)
-        ids = tokens[index.clamp(max=last)].long().to(device)        # the last token fills a short window
+        ids = tokens[index.clamp(max=last)].long().to(device)       # the last token fills a short window
         new = length if batch[0] == 0 else stride
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = model(ids[:, :-1], ids[:, -new:]).cpu().double()                 # (B, new)
@@ -49,76 +52,17 @@ def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=1
     return sums
 
 
-# ---- results: {(label, trained length): {length: [perplexity of each seed]}} ----------------------
-
-
-def label_of(row):
-    """How a CSV row's model is called: rotary + ntk + window 64."""
-    parts = [row["pos"], row["extend"], "logn" * row["logn"]]
-    parts += [f"{key} {row[key]}" for key in ("window", "random_positions") if row[key]]
-    return " + ".join(filter(None, parts))
-
-
-def verdict(trained, by_length):
-    """holds, or from which length on it fails; nothing without the trained length and a longer one."""
-    longer = [length for length in sorted(by_length) if length > trained]
-    if not longer or trained not in by_length:
-        return ""
-    limit = 1.01 * np.mean(by_length[trained])
-    fails = [length for length in longer if not np.mean(by_length[length]) <= limit < math.inf]
-    return f"fails from {fails[0]}" if fails else "holds"
-
-
-def cell(ppl):
-    """The mean over seeds, and where there are several the standard deviation."""
-    mean = np.mean(ppl)
-    text = f"{mean:.2f}" if mean < 1e6 else f"{mean:.1e}"
-    std = f" ± {np.std(ppl, ddof=1):.2f}" if len(ppl) > 1 else ""
-    return "-" if math.isnan(mean) else text + std
-
-
-def print_table(results, heading, verdicts=True):
-    lengths = sorted({length for by_length in results.values() for length in by_length})
-    wide = max(len(label) for label, _ in [("encoding", 0), *results])
-    width = 2 + max(6, *(len(cell(ppl)) for by_length in results.values() for ppl in by_length.values()))
-    print(f"{heading}\n{'encoding':{wide}} trained" + "".join(f"{length:{width}}" for length in lengths))
-    for (label, trained), by_length in results.items():
-        cells = [cell(by_length.get(length, [math.nan])).rjust(width) for length in lengths]
-        end = verdict(trained, by_length) if verdicts else ""
-        print(f"{label:{wide}} {trained:7}{''.join(cells)}  {end}".rstrip())
-    if verdicts:
-        print("fails: over 1% above the trained length's perplexity, or -, beyond the last position")
-
-
-def plot(results, path, unit, by):
-    """Like the paper's Figure 1: perplexity against length, one std over seeds, dashed the trained length."""
-    os.environ["MPLBACKEND"] = "agg"        # which a file does not need, but matplotlib checks
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel=by, ylabel=f"perplexity per {unit}")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    # the legend has the lines in the order of their ends
-    lines = sorted(results.items(), key=lambda line: -np.nan_to_num(np.mean(line[1][max(line[1])])))
-    for (label, trained), by_length in lines:
-        means = [np.mean(ppl) for ppl in by_length.values()]
-        stds = [np.std(ppl, ddof=1) if len(ppl) > 1 else 0.0 for ppl in by_length.values()]
-        axes.errorbar(list(by_length), means, stds, label=label.replace("$", r"\$"), marker="o", capsize=3)
-        axes.axvline(trained, color="grey", linestyle="--", linewidth=1)
-    axes.legend()
-    write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=150))
-
-
 # ---- checkpoints ----------------------------------------------------------------------------------
+
+Run = namedtuple("Run", "path config recipe step log data unit")     # what tells checkpoints apart
 
 
 def find_checkpoints(paths):
     """Each is a checkpoint, or a folder with ckpt.pt in it or below, also behind links."""
     found = []
-    for path in paths:
-        below = glob.glob(f"{glob.escape(path)}/**/ckpt.pt", recursive=True)
-        found += map(Path, sorted(below) or [path])
+    for path in map(Path, paths):
+        below = glob.glob(f"{glob.escape(str(path))}/**/ckpt.pt", recursive=True)
+        found += map(Path, sorted(below)) if below else [path]
     return {path.resolve(): path for path in found}.values()        # each once
 
 
@@ -128,12 +72,186 @@ def load_checkpoint(path, **changes):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(GPTConfig(**checkpoint["config"] | changes))
         model.load_state_dict(checkpoint["model"])
-    except Exception as error:      # whatever a foreign or damaged file leads to
-        raise UserError(f"{path} is no checkpoint of train.py ({error!r:.90})") from error
+    except Exception as error:      # whatever a foreign, older or damaged file leads to
+        raise UserError(f"{path} is no checkpoint of this train.py ({in_one_line(error)})") from error
     return checkpoint, model
 
 
+def in_one_line(error):
+    """An exception's type and the last line of what it says."""
+    *_, last = ["", *str(error).strip().splitlines()]
+    return f"{type(error).__name__}: {last.strip()}"
+
+
+def read_run(path, args):
+    """The Run at path, its model, and the tokens to test it on. Raises UserError, OSError."""
+    changes = {flag: vars(args)[flag] for flag in ("window", "logn") if vars(args)[flag] is not None}
+    checkpoint, model = load_checkpoint(path, **changes)
+    data = args.data or checkpoint["data"]
+    words = checkpoint["words"]
+    files = find_files(data, [args.split], args.data_dir)
+    tokens = read_split(files[args.split], words)
+    unit = "byte"
+    if words:
+        unknown = (tokens == words.index("<unk>")).double().mean()
+        unit = f"word ({unknown:.1%} <unk>)"
+    config, recipe, step, log = (checkpoint[key] for key in ("config", "recipe", "step", "log"))
+    return Run(path, config, recipe, step, log, data, unit), model, tokens
+
+
+# ---- measuring ------------------------------------------------------------------------------------
+
+
+def measure(run, model, tokens, extension, args):
+    """Yields a CSV row for each length, or --by_position for each of its spans, which double."""
+    config = model.config
+    for length in pick_lengths(args, config.block_size, tokens):
+        if extension:
+            EXTENSIONS[extension][0](model.pos, length)
+        sums = torch.zeros(2, length)       # stays so beyond the last position: a loss of 0 / 0
+        if length <= model.pos.max_length:
+            sums = evaluate(model, tokens, length, args.stride, args.dtype, args.batch_tokens)
+        doubled = [2 ** n for n in range((length - 1).bit_length())]
+        ends = doubled + [length] if args.by_position else [length]
+        for first, last in pairwise([0, *ends]):
+            total, count = sums[:, first:last].sum(1)
+            loss = total / count
+            row = dict(
+                pos=config.pos, train_length=config.block_size, length=length, stride=args.stride,
+                split=args.split, tokens=int(count), loss=loss.item(), ppl=loss.exp().item(),
+                extend=extension, window=config.window, logn=int(config.logn),
+                random_positions=config.random_positions, seed=run.recipe["seed"],
+                checkpoint=str(run.path), data=run.data)
+            yield row | dict(first=first + 1, last=last) if args.by_position else row
+
+
+def pick_lengths(args, block_size, tokens):
+    """--lengths, or those that the text has room for. Raises UserError where one cannot be measured."""
+    doubled = [block_size * 2 ** n for n in range(5)]
+    lengths = args.lengths or [n for n in doubled if n < len(tokens)] or doubled[:1]
+    shortest, longest = min(lengths), max(lengths)
+    check(longest < len(tokens), f"{args.split} has {len(tokens)} tokens, too few for a length of {longest}")
+    check((args.stride or 1) <= shortest, f"--stride {args.stride} is above {shortest}, one of --lengths")
+    return sorted(set(lengths))
+
+
+# ---- results: {(label, trained length): {length: [perplexity of each seed]}} ----------------------
+
+
+def group(measured):
+    """The results of [(Run, row)]: runs that differ in nothing but their seed share a label."""
+    results, labels = {}, {}
+    texts = {(run.data, run.unit) for run, _ in measured}
+    for run, row in measured:
+        label = label_of(row)
+        if run.step < run.recipe["max_iters"]:
+            label += f", step {run.step} of {run.recipe['max_iters']}"
+        if len(texts) > 1:
+            label += f", {run.data} by {run.unit}"
+        # another recipe under a label that is taken has its path in it
+        trained = row["train_length"]
+        same = repr((label, run._replace(path="", log=[], recipe=run.recipe | {"seed": 0})))
+        if same not in labels and (label, trained) in labels.values():
+            label += f" in {run.path}"
+        label, trained = labels.setdefault(same, (label, trained))
+        column = row["length"]
+        if "last" in row:
+            label += f" at {row['length']}"
+            column = row["last"]
+        results.setdefault((label, trained), {}).setdefault(column, []).append(row["ppl"])
+    return results
+
+
+def label_of(row):
+    """How a CSV row's model is called: rotary + ntk + window 64."""
+    parts = [row["pos"]]
+    if row["extend"]:
+        parts.append(row["extend"])
+    if row["logn"]:
+        parts.append("logn")
+    parts += [f"{key} {row[key]}" for key in ("window", "random_positions") if row[key]]
+    return " + ".join(parts)
+
+
+def verdict(trained, by_length):
+    """holds, or from which length on it fails; nothing without the trained length and a longer one."""
+    longer = [length for length in sorted(by_length) if length > trained]
+    if not longer or trained not in by_length:
+        return ""
+    limit = 1.01 * np.mean(by_length[trained])
+    for length in longer:
+        if not np.mean(by_length[length]) <= limit < math.inf:
+            return f"fails from {length}"
+    return "holds"
+
+
+def cell(ppl):
+    """The mean over seeds, and where there are several the standard deviation."""
+    mean = np.mean(ppl)
+    if math.isnan(mean):
+        return "-"
+    text = f"{mean:.2f}" if mean < 1e6 else f"{mean:.1e}"
+    return f"{text} ± {np.std(ppl, ddof=1):.2f}" if len(ppl) > 1 else text
+
+
+def print_table(results, heading, verdicts):
+    """A line for each label, a column for each length."""
+    lengths = sorted({length for by_length in results.values() for length in by_length})
+    lines = [["encoding", "trained", *map(str, lengths), ""]]
+    for (label, trained), by_length in results.items():
+        cells = [cell(by_length.get(length, [math.nan])) for length in lengths]
+        end = verdict(trained, by_length) if verdicts else ""
+        lines.append([label, str(trained), *cells, end])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(heading)
+    for label, *cells, end in lines:
+        cells = map(str.rjust, cells, widths[1:])
+        print("  ".join([label.ljust(widths[0]), *cells, end]).rstrip())
+    if verdicts:
+        print("fails: over 1% above the trained length's perplexity, or -, beyond the last position")
+
+
+def new_figure(path):
+    """matplotlib's, which can be saved at path. Raises ImportError, UserError."""
+    os.environ["MPLBACKEND"] = "agg"        # which a file does not need, but matplotlib checks
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    kinds = figure.canvas.get_supported_filetypes()
+    check(Path(path).suffix[1:] in kinds, f"--plot {path}: it ends in none of .{', .'.join(sorted(kinds))}")
+    return figure
+
+
+def plot(figure, path, results, title, by):
+    """Like the paper's Figure 1: perplexity against length, one std over seeds, dashed the trained length."""
+    axes = figure.add_subplot(title=title, xlabel=by, ylabel="perplexity")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for scale in (axes.xaxis, axes.yaxis):
+        scale.set_major_formatter("{x:g}")
+    # the legend has the lines in the order of their ends
+    lines = sorted(results.items(), key=lambda line: -np.nan_to_num(np.mean(line[1][max(line[1])])))
+    for (label, trained), by_length in lines:
+        means = [np.mean(ppl) for ppl in by_length.values()]
+        stds = [np.std(ppl, ddof=1) if len(ppl) > 1 else 0.0 for ppl in by_length.values()]
+        axes.errorbar(list(by_length), means, stds, label=label.replace("$", r"\$"), marker="o", capsize=3)
+        axes.axvline(trained, color="grey", linestyle="--", linewidth=1)
+    axes.legend()
+    write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:], dpi=150))
+
+
 # ---- the command line -----------------------------------------------------------------------------
+
+
+def number(kind, least, below=math.inf):
+    """An argparse type: an int or float that is at least `least` and less than `below`."""
+    def read(text):
+        value = kind(text)
+        if not least <= value < below:
+            raise argparse.ArgumentTypeError(f"{text}: from {least} to below {below}")
+        return value
+    read.__name__ = kind.__name__       # argparse names it where kind(text) fails
+    return read
 
 
 def make_parser(doc, epilog=None):
@@ -145,8 +263,9 @@ def make_parser(doc, epilog=None):
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to run on (the best)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(bfloat16 on cuda)")
     add("--compile", action=optional, help="with torch.compile, Triton (on cuda)")
-    add("--lengths", type=int, nargs="+", metavar="N", help="to test at (1 to 16 times the trained one)")
-    add("--window", type=int, metavar="N", help="keys that a query sees; 0: all, in hwfa its own")
+    add("--lengths", type=number(int, 1), nargs="+", metavar="N",
+        help="to test at (1 to 16 times the trained one)")
+    add("--window", type=number(int, 0), metavar="N", help="keys that a query sees; 0: all, in hwfa its own")
     add("--logn", action=optional, help="queries times max(1, ln(place + 1) / ln(trained length))")
     return parser
 
@@ -157,10 +276,10 @@ def get_args(argv=None):
     add("checkpoints", nargs="+", metavar="CKPT_OR_RUN_DIR", help="file, run's folder, or folder of runs")
     add("--data", metavar="NAME", help="corpus or folder (what the checkpoint was trained on)")
     add("--split", choices=("valid", "test"), default="valid", help="which text (valid)")
-    add("--stride", type=int, metavar="N", help="sliding windows that move on by N tokens")
+    add("--stride", type=number(int, 1), metavar="N", help="sliding windows that move on by N tokens")
     add("--extend", nargs="+", default=[], choices=EXTENSIONS, metavar="NAME", help=", ".join(EXTENSIONS))
     add("--by_position", action="store_true", help="by position in the window, not by length alone")
-    add("--batch_tokens", type=int, default=16384, metavar="N", help="tokens in a batch (16384)")
+    add("--batch_tokens", type=number(int, 1), default=16384, metavar="N", help="tokens in a batch (16384)")
     add("--csv", metavar="FILE", help="write the table")
     add("--plot", metavar="FILE", help="draw the figure (needs matplotlib)")
     return parser.parse_args(argv)
@@ -178,81 +297,60 @@ def pick_device(args):
         args.compile = args.device == "cuda"
 
 
-def pick_lengths(args, block_size, tokens, split, stride=1):
-    """--lengths, or those that the text has room for. Raises UserError where one cannot be measured."""
-    doubled = [block_size * 2 ** n for n in range(5)]
-    lengths = sorted({*(args.lengths or [n for n in doubled if n < len(tokens)] or doubled[:1])})
-    fit = 0 < stride <= lengths[0] and lengths[-1] < len(tokens)
-    check(fit, f"--lengths {lengths}: from {stride} (--stride) on, below the {len(tokens)} tokens of {split}")
-    return lengths
-
-
-def measure(model, tokens, args, row):
-    """Yields a CSV row for each length, or --by_position for each of its spans, which double."""
-    for length in pick_lengths(args, model.config.block_size, tokens, args.split, args.stride or 1):
-        if row["extend"]:
-            EXTENSIONS[row["extend"]][0](model.pos, length)
-        sums = torch.zeros(2, length)       # stays so beyond the last position: a loss of 0 / 0, no CSV row
-        if length <= model.pos.max_length:
-            sums = evaluate(model, tokens, length, args.stride, args.dtype, args.batch_tokens)
-        inner = [2 ** n for n in range((length - 1).bit_length())] if args.by_position else []
-        for first, last in pairwise([0, *inner, length]):
-            total, count = sums[:, first:last].sum(1)
-            loss = total / count
-            span = dict(first=first + 1, last=last) if args.by_position else {}
-            yield row | dict(length=length, tokens=int(count), loss=loss.item(), ppl=loss.exp().item()) | span
-
-
-def main(args=None):
-    args = args or get_args()
+def compare(args):
+    """Measures and shows what can be measured; returns the paths of the rest, each with a line on stderr."""
     pick_device(args)
-    changes = {flag: vars(args)[flag] for flag in ("window", "logn") if vars(args)[flag] is not None}
-    results, labels, rows, units = {}, {}, [], set()
+    figure = new_figure(args.plot) if args.plot else None       # what it lacks is told before the measuring
+    measured, left_out, seen = [], set(), set()
     for path, extension in product(find_checkpoints(args.checkpoints), ["", *dict.fromkeys(args.extend)]):
-        checkpoint, model = load_checkpoint(path, **changes)
-        config, recipe = model.config, checkpoint["recipe"]
-        if extension and not fits(config, extension):
-            continue
-        model.to(args.device)
-        if args.compile:
-            model.compile_parts()
-        data = args.data or checkpoint["data"]
-        files = find_files(data, [args.split], args.data_dir)
-        words = recipe["words"]
-        tokens = read_split(files[args.split], words)
-        unknown = (tokens == words.index("<unk>")).double().mean() if words else 0.0
-        units.add(f"word ({unknown:.1%} <unk>)" if words else "byte")
-        row = dict(pos=config.pos, train_length=config.block_size, length=0, stride=args.stride,
-                   split=args.split, tokens=0, loss=0.0, ppl=0.0, extend=extension, window=config.window,
-                   logn=int(config.logn), random_positions=config.random_positions, seed=recipe["seed"],
-                   checkpoint=str(path), data=data)
+        try:
+            run, model, tokens = read_run(path, args)
+            copy = repr((run._replace(path=""), extension))
+            if copy in seen or extension and not fits(model.config, extension):
+                continue
+            seen.add(copy)
+            model.to(args.device)
+            if args.compile:
+                model.compile_parts()
+            for row in measure(run, model, tokens, extension, args):
+                measured.append((run, row))
+        except (UserError, OSError, RuntimeError) as error:
+            print(f"left out: {path}: {error}", file=sys.stderr)
+            left_out.add(path)
+        except KeyboardInterrupt:
+            print(f"stopped at {path}", file=sys.stderr)
+            left_out.add(path)
+            break
+    for extension in set(args.extend) - {row["extend"] for _, row in measured}:
+        print(f"--extend {extension} fits none of the checkpoints", file=sys.stderr)
+    if not measured:
+        return left_out
 
-        # runs that differ only in their seed share a line; another recipe's of that name has its folder in it
-        label = label_of(row)
-        same = repr((label, config, recipe | {"seed": 0}, checkpoint["step"]))
-        if same not in labels and (label, config.block_size) in labels.values():
-            label += f" in {path.parent}"
-        label, trained = labels.setdefault(same, (label, config.block_size))
-        for measured in measure(model, tokens, args, row):
-            line = f"{label} at {measured['length']}" if args.by_position else label
-            column = measured["last" if args.by_position else "length"]
-            results.setdefault((line, trained), {}).setdefault(column, []).append(measured["ppl"])
-            rows.append(measured)
-
-    unit = " or ".join(sorted(units))
+    unit = " or ".join(sorted({run.unit for run, _ in measured}))
     how = f"sliding by {args.stride}" if args.stride else "non-overlapping"
     by = "position in the window, up to" if args.by_position else "length in tokens"
-    print_table(results, f"perplexity per {unit}, {args.split} split, {how}, by {by}", not args.by_position)
+    heading = f"perplexity per {unit}, {args.split} split, {how}"
+    results = group(measured)
+    print_table(results, f"{heading}, by {by}", not args.by_position)
     if args.csv:
-        write_csv(args.csv, [row for row in rows if row["tokens"]])
-    if args.plot:
-        plot(results, args.plot, unit, by)
+        write_csv(args.csv, [row for _, row in measured if row["tokens"]])
+    if figure:
+        plot(figure, args.plot, results, heading, by)
+    return left_out
+
+
+def main():
+    left_out = compare(get_args())
+    check(not left_out, f"{len(left_out)} of the checkpoints could not be measured at every length")
 
 
 def run(main):
     """Calls main; what a user can put right ends in one line on standard error and exit code 1."""
-    # where it goes into a file, too, each line is there at once
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if sys.stdout is None:          # it is closed
+        sys.stdout = open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):        # a notebook's is none
+        # where it goes into a file, too, each line is there at once
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
     except (UserError, OSError, ImportError) as error:

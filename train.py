@@ -1,14 +1,15 @@
 """Trains a GPT with each of the position encodings named, then tests all runs in
 OUT_DIR at the trained length and at longer ones.
 
-    python train.py --preset quick --pos sinusoidal rotary t5 alibi   # laptop
+    python train.py                                                   # laptop, minutes
     python train.py --preset small --pos sinusoidal alibi             # one GPU
-    torchrun --nproc_per_node=2 train.py --preset paper --pos alibi   # two
+    torchrun --nproc_per_node=2 train.py --preset paper               # two
 """
+import argparse
 import functools
+import hashlib
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -20,53 +21,64 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import UserError, check, load, write_csv, write_whole
+from eval import number
 from model import GPT, POSITIONS, GPTConfig
 
 PRESETS = ("quick", "small", "paper")
-SETTINGS = {    # the value in each preset and its meaning; the paper trained with NAG, here it is AdamW
-    "data": ("stdlib", "wikitext-103", "wikitext-103", "wikitext-103, wikitext-2, stdlib or a folder"),
-    "block_size": (256, 512, 512, "the trained length, in tokens"),
-    "batch_size": (2, 64, 18, "sequences in a micro-batch, over all processes"),
-    "grad_accum": (1, 1, 8, "micro-batches in a step"),
-    "max_iters": (1000, 30000, 286000, "steps"),
-    "n_layer": (3, 12, 16, "layers"),
-    "n_head": (8, 12, 8, "attention heads"),
-    "n_embd": (128, 768, 1024, "width"),
-    "dropout": (0.0, 0.1, 0.3, "of embeddings and residual branches"),
-    "attn_dropout": (0.0, 0.0, 0.1, "of attention weights"),
-    "act_dropout": (0.0, 0.0, 0.1, "of the MLP's hidden layer"),
-    "learning_rate": (4e-3, 6e-4, 5e-4, "at its peak; a cosine takes it to a tenth"),
-    "warmup_iters": (100, 1000, 16000, "steps to the peak"),
-    "weight_decay": (0.1, 0.1, 0.0, "of matrices"),
-    "grad_clip": (1.0, 1.0, 0.1, "the gradient's norm at most; 0 is off"),
-    "eval_interval": (500, 1000, 2000, "steps from one evaluation and checkpoint to the next")}
+count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0)
+SETTINGS = {    # type, value in each preset, meaning; the paper trained with NAG, here it is AdamW
+    "data": (str, "stdlib", "wikitext-103", "wikitext-103", "wikitext-103, wikitext-2, stdlib or a folder"),
+    "block_size": (number(int, 2), 256, 512, 512, "the trained length, in tokens"),
+    "batch_size": (count, 2, 64, 18, "sequences in a micro-batch, over all processes"),
+    "grad_accum": (count, 1, 1, 8, "micro-batches in a step"),
+    "max_iters": (count, 1000, 30000, 286000, "steps"),
+    "n_layer": (count, 3, 12, 16, "layers"),
+    "n_head": (count, 8, 12, 8, "attention heads"),
+    "n_embd": (count, 128, 768, 1024, "width"),
+    "dropout": (share, 0.0, 0.1, 0.3, "of embeddings and residual branches"),
+    "attn_dropout": (share, 0.0, 0.0, 0.1, "of attention weights"),
+    "act_dropout": (share, 0.0, 0.0, 0.1, "of the MLP's activations"),
+    "learning_rate": (positive, 4e-3, 6e-4, 5e-4, "at its peak; a cosine takes it to a tenth"),
+    "warmup_iters": (number(int, 0), 100, 1000, 16000, "steps to the peak"),
+    "weight_decay": (positive, 0.1, 0.1, 0.0, "of matrices"),
+    "grad_clip": (positive, 1.0, 1.0, 0.1, "the gradient's norm at most; 0 is off"),
+    "eval_interval": (count, 500, 1000, 2000, "steps from one evaluation and checkpoint to the next")}
+PAPERS_FOUR = ["sinusoidal", "rotary", "t5", "alibi"]
 # with the model and the text, what decides a run: --resume insists on it
-RECIPE = "seed batch_size grad_accum max_iters learning_rate warmup_iters weight_decay grad_clip dtype"
+RECIPE = ("seed", "batch_size", "grad_accum", "max_iters", "learning_rate", "warmup_iters", "weight_decay",
+          "grad_clip", "dtype")
 
 
 def get_args():
-    """The flags, over the preset's defaults."""
-    formulas = [f"  {pos:11} {str(POSITIONS[pos].__doc__).splitlines()[0]}" for pos in POSITIONS]
+    """The flags, filled up from the preset."""
+    formulas = [f"  {name:11} {POSITIONS[name].__doc__.splitlines()[0]}" for name in POSITIONS]
     parser = evaluation.make_parser(__doc__, "\n".join(["position encodings (--pos):", *formulas]))
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="small", help="values to start from (small)")
-    # the preset first: it has the other flags' defaults, which --help shows
-    asked = [arg for arg in sys.argv[1:] if arg not in ("-h", "--help")]
-    preset = parser.parse_known_args(asked)[0].preset
-    for flag, (*values, text) in SETTINGS.items():
-        value = values[PRESETS.index(preset)]
-        add(f"--{flag}", type=type(value), default=value, metavar="X", help=f"{text} ({value})")
-    add("--pos", nargs="+", choices=POSITIONS, default=["alibi"], metavar="NAME", help="listed below (alibi)")
+    add("--preset", choices=PRESETS, default="quick", help="values for the flags below (quick)")
+    for flag, (kind, *values, meaning) in SETTINGS.items():
+        text = f"{meaning} ({' | '.join(map(str, dict.fromkeys(values)))})"
+        add(f"--{flag}", type=kind, metavar="X", default=argparse.SUPPRESS, help=text)
+    add("--pos", nargs="+", choices=POSITIONS, metavar="NAME", help="listed below (the paper's four | alibi)")
     add("--tokenizer", choices=("word", "byte"), help="of the text (byte for stdlib, else word)")
-    add("--out_dir", default=f"out/{preset}", metavar="DIR", help=f"has a folder for each run (out/{preset})")
-    add("--random_positions", type=int, default=0, metavar="N", help="random, below N, in training (off)")
-    add("--seed", type=int, default=1337, help="of weights, batches and dropout (1337)")
-    add("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
-    add("--overwrite", action="store_true", help="delete OUT_DIR/NAME/ckpt.pt and start anew")
+    add("--out_dir", metavar="DIR", help="has a folder for each run (out/PRESET)")
+    add("--random_positions", type=number(int, 0), default=0, metavar="N", help="random, below N, in training")
+    add("--seed", type=number(int, 0, 2 ** 32), default=1337, help="of weights, batches, dropout (1337)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
+    again.add_argument("--overwrite", action="store_true", help="delete OUT_DIR/NAME/ckpt.pt and start anew")
     parser.set_defaults(window=0, logn=False)
     args = parser.parse_args()
+    for flag, (_, *values, _) in SETTINGS.items():
+        vars(args).setdefault(flag, values[PRESETS.index(args.preset)])
+    if args.pos is None:
+        args.pos = PAPERS_FOUR if args.preset == "quick" else ["alibi"]
+    if args.tokenizer is None:
+        args.tokenizer = "byte" if args.data == "stdlib" else "word"
+    if args.out_dir is None:
+        args.out_dir = f"out/{args.preset}"
     check(args.n_embd % (2 * args.n_head) == 0, "--n_embd must be a multiple of twice --n_head")
-    args.tokenizer = args.tokenizer or ("byte" if args.data == "stdlib" else "word")
+    check(args.random_positions == 0 or args.random_positions >= args.block_size,
+          f"--random_positions: {args.block_size} (--block_size) at least, or 0")
     return args
 
 
@@ -113,28 +125,31 @@ def train(path, config, corpus, args):
     torch.manual_seed(args.seed)
     model = GPT(config).to(args.device)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
-    recipe = {flag: vars(args)[flag] for flag in RECIPE.split()}
-    recipe |= dict(train_tokens=len(corpus.train), words=corpus.words)
+    recipe = {flag: vars(args)[flag] for flag in RECIPE}
+    recipe["train_text"] = text_checksum(corpus)
     step, log = 0, []
     if args.resume and path.exists():
         step, log = resume(path, model, optimizer, vars(config) | recipe)
+    if args.overwrite:
+        path.unlink(missing_ok=True)
     if args.compile:
         model.compile_parts()
     parallel = DistributedDataParallel(model) if args.processes > 1 else model
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     if args.rank == 0:
-        print(f"{config.pos}: {size:,} parameters on {args.device} in {args.dtype}, saved in {path.parent}")
+        print(f"{config.pos}: {parameters:,} parameters on {args.device} in {args.dtype}, "
+              f"saved in {path.parent}")
     last_eval, loss_sum, clock = step, 0.0, time.perf_counter()
-    hidden = args.rank > 0 or None          # None: only where output is no terminal
-    bar = tqdm(range(step, args.max_iters), config.pos, args.max_iters, initial=step, disable=hidden)
+    no_bar = True if args.rank > 0 else None        # None: only where output is no terminal
+    bar = tqdm(range(step, args.max_iters), config.pos, args.max_iters, initial=step, disable=no_bar)
     for step in bar:
         # all that is random in a step comes from here (2^32 steps a seed): a resumed run repeats it exactly
         torch.manual_seed((args.seed << 32) + step * args.processes + args.rank)
         lr = get_lr(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for parameter_group in optimizer.param_groups:
+            parameter_group["lr"] = lr
 
         # forward and backward; the gradients of micro-batches add up
         for micro in range(args.grad_accum):
@@ -144,7 +159,8 @@ def train(path, config, corpus, args):
                 loss = parallel(x, y).mean() / args.grad_accum
             loss.backward()
             loss_sum += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        max_norm = args.grad_clip if args.grad_clip else math.inf
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
@@ -155,19 +171,19 @@ def train(path, config, corpus, args):
 
         # the mean loss, of this process, and the speed since the last evaluation
         train_loss = loss_sum.item() / (done - last_eval)
-        tokens = (done - last_eval) * args.grad_accum * args.batch_size * args.block_size
-        speed = tokens / (time.perf_counter() - clock)
+        trained = (done - last_eval) * args.grad_accum * args.batch_size * args.block_size
+        speed = trained / (time.perf_counter() - clock)
         last_eval, loss_sum = done, 0.0
-        if args.rank:
+        if args.rank > 0:
             continue
 
         # evaluate, save, print
-        total, count = evaluation.evaluate(model, corpus.valid, config.block_size, dtype=args.dtype)
-        valid_loss = (total.sum() / count.sum()).item()
+        total, targets = evaluation.evaluate(model, corpus.valid, config.block_size, dtype=args.dtype)
+        valid_loss = (total.sum() / targets.sum()).item()
         check(math.isfinite(valid_loss), f"{config.pos}: the loss is {valid_loss}: lower --learning_rate")
         log.append(dict(step=done, train_loss=train_loss, valid_loss=valid_loss, lr=lr, tokens_per_s=speed))
-        checkpoint = dict(config=vars(config), recipe=recipe, data=args.data, step=done, log=log,
-                          model=model.state_dict(), optimizer=optimizer.state_dict())
+        checkpoint = dict(config=vars(config), recipe=recipe, words=corpus.words, data=args.data, step=done,
+                          log=log, model=model.state_dict(), optimizer=optimizer.state_dict())
         write_whole(path, lambda file: torch.save(checkpoint, file))
         write_csv(path.with_name("log.csv"), log)
         tqdm.write(f"{config.pos} step {done}: train loss {train_loss:.4f}, valid loss {valid_loss:.4f}, "
@@ -175,47 +191,59 @@ def train(path, config, corpus, args):
         clock = time.perf_counter()
 
 
-def join_processes(args):
-    """Under torchrun: joins the others. Process 0 alone prints, evaluates and writes."""
-    args.rank, args.processes = 0, 1
-    if dist.is_torchelastic_launched():
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        args.rank, args.processes = dist.get_rank(), dist.get_world_size()
-        torch._dynamo.config.optimize_ddp = False       # it cannot split graphs with FlexAttention in them
-    check(args.batch_size % args.processes == 0, "--batch_size must be a multiple of the processes")
+def text_checksum(corpus):
+    """Of the ids that are trained on and what they stand for."""
+    words = " ".join(corpus.words).encode()
+    return hashlib.sha256(words + corpus.train.numpy().tobytes()).hexdigest()[:16]
+
+
+def join_processes(device):
+    """This process's rank and how many there are; under torchrun it joins the others.
+
+    Process 0 alone prints, evaluates and writes."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    torch._dynamo.config.optimize_ddp = False       # it cannot split graphs with FlexAttention in them
+    return dist.get_rank(), dist.get_world_size()
 
 
 def main():
     args = get_args()
     evaluation.pick_device(args)
-    join_processes(args)
+    args.rank, args.processes = join_processes(args.device)
 
     # what can be wrong is found before the first run
+    check(args.batch_size % args.processes == 0, "--batch_size must be a multiple of the processes")
     corpus = load(args.data, args.tokenizer, args.data_dir)
-    check(0 < args.block_size < len(corpus.train), f"--block_size: train has {len(corpus.train)} tokens")
-    evaluation.pick_lengths(args, args.block_size, corpus.valid, "valid")
-    paths = {pos: Path(args.out_dir, pos, "ckpt.pt") for pos in args.pos}
+    check(args.block_size < len(corpus.train), f"--block_size: train has {len(corpus.train)} tokens")
+    longest = max(args.lengths or [args.block_size])
+    check(longest < len(corpus.valid), f"--lengths: valid has {len(corpus.valid)} tokens, below {longest}")
+    paths = {name: Path(args.out_dir, name, "ckpt.pt") for name in args.pos}
     for path in paths.values():
-        if args.overwrite:
-            path.unlink(missing_ok=True)
-        check(args.resume or not path.exists(), f"{path} is there: --resume goes on, --overwrite starts anew")
+        free = args.resume or args.overwrite or not path.exists()
+        check(free, f"{path} is there: --resume goes on, --overwrite starts anew")
 
     fields = {field: value for field, value in vars(args).items() if field in GPTConfig.__dataclass_fields__}
-    fields["vocab_size"] = len(corpus.words) or 256
-    for pos, path in paths.items():
+    fields["vocab_size"] = len(corpus.words) if corpus.words else 256
+    for name, path in paths.items():
         try:
-            train(path, GPTConfig(**fields | {"pos": pos}), corpus, args)
+            train(path, GPTConfig(**fields | {"pos": name}), corpus, args)
         except KeyboardInterrupt:
-            step = evaluation.load_checkpoint(path)[0]["step"] if path.exists() else 0
+            step = torch.load(path)["step"] if path.exists() else 0
             raise UserError(f"stopped: --resume goes on from step {step} of {path}") from None
     if args.processes > 1:
         dist.destroy_process_group()
     if args.rank == 0:
-        test = evaluation.get_args([args.out_dir, "--csv", f"{args.out_dir}/extrapolation.csv"])
-        vars(test).update({key: vars(args)[key] for key in "data_dir device dtype compile lengths".split()})
-        evaluation.main(test)
+        flags = [args.out_dir, "--csv", f"{args.out_dir}/extrapolation.csv", "--data_dir", args.data_dir,
+                 "--device", args.device, "--dtype", args.dtype,
+                 "--compile" if args.compile else "--no-compile"]
+        if args.lengths:
+            flags += ["--lengths", *map(str, args.lengths)]
+        left_out = evaluation.compare(evaluation.get_args(flags))
+        check(left_out.isdisjoint(paths.values()), "not all of these runs are in the table")
 
 
 if __name__ == "__main__":
