@@ -14,6 +14,7 @@ import sysconfig
 import urllib.request
 import zipfile
 from collections import Counter, namedtuple
+from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-VERSION = 4     # of the tokenisers and the cache: raise it when what they write changes
+VERSION = 5     # of the tokenisers and the cache: raise it when what they write changes
 SPLITS = ("train", "valid", "test")
 Corpus = namedtuple("Corpus", "train valid test words")
 
@@ -44,10 +45,10 @@ def check(condition, message):
 def write_whole(path, write):
     """Calls write(file) on a file beside, which then takes the place of `path`: never a half-written one.
 
-    What is there and is no regular file, a pipe or /dev/stdout, is written to as it is."""
+    A pipe, and what lies in /dev, /dev/stdout say, is written to as it is."""
     path = Path(path)
-    if path.exists() and not path.is_file():
-        with open(path, "wb") as file:
+    if path.is_relative_to("/dev") or path.exists() and not path.is_file():
+        with open(path, "ab") as file:
             write(file)
         return
     path = path.resolve()       # the file, where it is a link
@@ -78,16 +79,13 @@ def load(name, tokenizer, data_dir):
     stats = [(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = hashlib.sha256(repr((VERSION, tokenizer, stats)).encode()).hexdigest()
     cache = Path(data_dir, "cache", f"{tokenizer}-{key[:16]}.pt")
-    if cache.exists():
-        *splits, words = torch.load(cache, mmap=True)
-        return Corpus(*splits, words.split())
-    words = read_words(files["train"]) if tokenizer == "word" else []
-    splits = [read_split(files[split], words) for split in SPLITS]
     try:
-        write_whole(cache, lambda file: torch.save([*splits, " ".join(words)], file))
-    except OSError as error:
-        print(f"the tokens are not cached: {error}")
-    return Corpus(*splits, words)
+        return Corpus(*torch.load(cache, mmap=True))
+    except Exception:       # there is none, or it is damaged
+        words = read_words(files["train"]) if tokenizer == "word" else []
+        splits = [read_split(files[split], words) for split in SPLITS]
+        write_whole(cache, lambda file: torch.save([*splits, words], file))
+        return Corpus(*splits, words)
 
 
 # ---- tokenisers -----------------------------------------------------------------------------------
@@ -104,11 +102,12 @@ def read_split(paths, words):
     """(tokens,) ids of a text: bytes, or words of a vocabulary; a word that it lacks is <unk>."""
     if not words:
         # a bytearray can be written to, which torch asks for
-        return torch.from_numpy(np.frombuffer(bytearray().join(map(Path.read_bytes, paths)), np.uint8))
+        text = bytearray().join(path.read_bytes() for path in paths)
+        return torch.from_numpy(np.frombuffer(text, np.uint8))
     ids = {word: n for n, word in enumerate(words)}
     unk = ids["<unk>"]
-    text = chain.from_iterable(read_lines(paths))
-    return torch.from_numpy(np.fromiter((ids.get(word, unk) for word in text), np.int32))
+    text = (ids.get(word, unk) for word in chain.from_iterable(read_lines(paths)))
+    return torch.from_numpy(np.fromiter(text, np.int32))
 
 
 def read_lines(paths):
@@ -132,21 +131,25 @@ def find_files(name, splits, data_dir):
     folder = Path(data_dir, name) if name in SHA256 else Path(name)
     for pattern in ("wiki.{}.tokens", "{}.txt"):
         files = {split: [folder / pattern.format(split)] for split in splits}
-        if all(path.is_file() for [path] in files.values()):
+        missing = [path.name for [path] in files.values() if not path.is_file()]
+        if not missing:
             return files
     if name in SHA256:
         fetch(name, folder)
         return find_files(name, splits, data_dir)
-    raise UserError(f"no corpus {name}: it is wikitext-103, wikitext-2, stdlib, or a folder "
-                    "with wiki.{train,valid,test}.tokens or {train,valid,test}.txt")
+    raise UserError(f"no corpus {name}: neither wikitext-103, wikitext-2 nor stdlib, nor a folder with "
+                    f"{', '.join(missing)} or the like of wiki.train.tokens")
 
 
 def stdlib_files():
     """The running Python's own library: of each hundred files one is for validation, one for test."""
-    root, skip = Path(sysconfig.get_path("stdlib")), {"site-packages", "dist-packages", "test", "tests"}
-    files = sorted(path for path in root.rglob("*.py") if skip.isdisjoint(path.relative_to(root).parts))
-    valid, test = files[49::100], files[99::100]
-    return {"train": sorted({*files} - {*valid, *test}), "valid": valid, "test": test}
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages", "test", "tests"}
+    files = [path for path in root.rglob("*.py") if skip.isdisjoint(path.relative_to(root).parts)]
+    splits = {"train": [], "valid": [], "test": []}
+    for n, path in enumerate(sorted(files)):
+        splits[{49: "valid", 99: "test"}.get(n % 100, "train")].append(path)
+    return splits
 
 
 def fetch(name, folder):
@@ -154,7 +157,7 @@ def fetch(name, folder):
     archive = folder.with_name(f"{name}-v1.zip")
     try:
         content = archive.read_bytes() if archive.exists() else download(MIRROR + archive.name)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise UserError(f"no {archive.name} from {MIRROR} ({error}): put it into {folder.parent}") from error
     check(hashlib.sha256(content).hexdigest() == SHA256[name], f"{archive.name} is damaged: get it again")
     for split in SPLITS:
@@ -163,7 +166,7 @@ def fetch(name, folder):
 
 
 def download(url):
-    """Its bytes. Raises OSError."""
+    """Its bytes. Raises OSError, HTTPException."""
     # the mirror refuses urllib's own User-Agent
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
     with urllib.request.urlopen(request, timeout=30) as response:

@@ -37,10 +37,10 @@ def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=1
     starts = list(range(0, max(1, last - length + stride), stride))
     # the first window alone, since all of its targets count; of later ones the last `stride`
     many = max(1, batch_tokens // length)
-    batches = [starts[:1]] + [starts[n:n + many] for n in range(1, len(starts), many)]
+    later = [starts[n:n + many] for n in range(1, len(starts), many)]
     sums = torch.zeros(2, length, dtype=torch.float64)
     model.eval()
-    for batch in tqdm(batches, f"{model.config.pos} at {length}", leave=False, disable=None):
+    for batch in tqdm([starts[:1], *later], f"{model.config.pos} at {length}", leave=False, disable=None):
         index = torch.tensor(batch)[:, None] + torch.arange(length + 1)             # (B, T + 1)
         ids = tokens[index.clamp(max=last)].long().to(device)       # the last token fills a short window
         new = length if batch[0] == 0 else stride
@@ -54,7 +54,7 @@ def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=1
 
 # ---- checkpoints ----------------------------------------------------------------------------------
 
-Run = namedtuple("Run", "path config recipe step log data unit")     # what tells checkpoints apart
+Run = namedtuple("Run", "path config recipe step data unit")        # what tells checkpoints apart
 
 
 def find_checkpoints(paths):
@@ -85,7 +85,8 @@ def in_one_line(error):
 
 def read_run(path, args):
     """The Run at path, its model, and the tokens to test it on. Raises UserError, OSError."""
-    changes = {flag: vars(args)[flag] for flag in ("window", "logn") if vars(args)[flag] is not None}
+    asked = {"window": args.window, "logn": args.logn}
+    changes = {field: value for field, value in asked.items() if value is not None}
     checkpoint, model = load_checkpoint(path, **changes)
     data = args.data or checkpoint["data"]
     words = checkpoint["words"]
@@ -95,8 +96,8 @@ def read_run(path, args):
     if words:
         unknown = (tokens == words.index("<unk>")).double().mean()
         unit = f"word ({unknown:.1%} <unk>)"
-    config, recipe, step, log = (checkpoint[key] for key in ("config", "recipe", "step", "log"))
-    return Run(path, config, recipe, step, log, data, unit), model, tokens
+    run = Run(path, checkpoint["config"], checkpoint["recipe"], checkpoint["step"], data, unit)
+    return run, model, tokens
 
 
 # ---- measuring ------------------------------------------------------------------------------------
@@ -121,14 +122,15 @@ def measure(run, model, tokens, extension, args):
                 split=args.split, tokens=int(count), loss=loss.item(), ppl=loss.exp().item(),
                 extend=extension, window=config.window, logn=int(config.logn),
                 random_positions=config.random_positions, seed=run.recipe["seed"],
-                checkpoint=str(run.path), data=run.data)
+                checkpoint=str(run.path), data=run.data)        # the CSV's columns
             yield row | dict(first=first + 1, last=last) if args.by_position else row
 
 
 def pick_lengths(args, block_size, tokens):
     """--lengths, or those that the text has room for. Raises UserError where one cannot be measured."""
     doubled = [block_size * 2 ** n for n in range(5)]
-    lengths = args.lengths or [n for n in doubled if n < len(tokens)] or doubled[:1]
+    fit = [length for length in doubled if length < len(tokens)]
+    lengths = args.lengths or fit or doubled[:1]
     shortest, longest = min(lengths), max(lengths)
     check(longest < len(tokens), f"{args.split} has {len(tokens)} tokens, too few for a length of {longest}")
     check((args.stride or 1) <= shortest, f"--stride {args.stride} is above {shortest}, one of --lengths")
@@ -150,7 +152,7 @@ def group(measured):
             label += f", {run.data} by {run.unit}"
         # another recipe under a label that is taken has its path in it
         trained = row["train_length"]
-        same = repr((label, run._replace(path="", log=[], recipe=run.recipe | {"seed": 0})))
+        same = repr((label, run._replace(path="", recipe=run.recipe | {"seed": 0})))
         if same not in labels and (label, trained) in labels.values():
             label += f" in {run.path}"
         label, trained = labels.setdefault(same, (label, trained))
@@ -191,7 +193,12 @@ def cell(ppl):
     if math.isnan(mean):
         return "-"
     text = f"{mean:.2f}" if mean < 1e6 else f"{mean:.1e}"
-    return f"{text} ± {np.std(ppl, ddof=1):.2f}" if len(ppl) > 1 else text
+    return f"{text} ± {spread(ppl):.2f}" if len(ppl) > 1 else text
+
+
+def spread(ppl):
+    """The standard deviation over seeds, 0 of one."""
+    return np.std(ppl, ddof=1) if len(ppl) > 1 else 0.0
 
 
 def print_table(results, heading, verdicts):
@@ -206,7 +213,8 @@ def print_table(results, heading, verdicts):
     print(heading)
     for label, *cells, end in lines:
         cells = map(str.rjust, cells, widths[1:])
-        print("  ".join([label.ljust(widths[0]), *cells, end]).rstrip())
+        line = "  ".join([label.ljust(widths[0]), *cells, end])
+        print(line.rstrip())
     if verdicts:
         print("fails: over 1% above the trained length's perplexity, or -, beyond the last position")
 
@@ -229,15 +237,14 @@ def plot(figure, path, results, title, by):
     axes.set_yscale("log")
     for scale in (axes.xaxis, axes.yaxis):
         scale.set_major_formatter("{x:g}")
-    # the legend has the lines in the order of their ends
-    lines = sorted(results.items(), key=lambda line: -np.nan_to_num(np.mean(line[1][max(line[1])])))
-    for (label, trained), by_length in lines:
+    for (label, trained), by_length in results.items():
         means = [np.mean(ppl) for ppl in by_length.values()]
-        stds = [np.std(ppl, ddof=1) if len(ppl) > 1 else 0.0 for ppl in by_length.values()]
-        axes.errorbar(list(by_length), means, stds, label=label.replace("$", r"\$"), marker="o", capsize=3)
+        stds = [spread(ppl) for ppl in by_length.values()]
+        axes.errorbar([*by_length], means, stds, label=label, marker="o", capsize=3)
         axes.axvline(trained, color="grey", linestyle="--", linewidth=1)
     axes.legend()
-    write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:], dpi=150))
+    kind = Path(path).suffix[1:]
+    write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=150))
 
 
 # ---- the command line -----------------------------------------------------------------------------
@@ -248,7 +255,7 @@ def number(kind, least, below=math.inf):
     def read(text):
         value = kind(text)
         if not least <= value < below:
-            raise argparse.ArgumentTypeError(f"{text}: from {least} to below {below}")
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least} and below {below}")
         return value
     read.__name__ = kind.__name__       # argparse names it where kind(text) fails
     return read
@@ -301,14 +308,13 @@ def compare(args):
     """Measures and shows what can be measured; returns the paths of the rest, each with a line on stderr."""
     pick_device(args)
     figure = new_figure(args.plot) if args.plot else None       # what it lacks is told before the measuring
-    measured, left_out, seen = [], set(), set()
-    for path, extension in product(find_checkpoints(args.checkpoints), ["", *dict.fromkeys(args.extend)]):
+    measured, left_out = [], set()
+    extensions = dict.fromkeys(["", *args.extend])
+    for path, extension in product(find_checkpoints(args.checkpoints), extensions):
         try:
             run, model, tokens = read_run(path, args)
-            copy = repr((run._replace(path=""), extension))
-            if copy in seen or extension and not fits(model.config, extension):
+            if extension and not fits(model.config, extension):
                 continue
-            seen.add(copy)
             model.to(args.device)
             if args.compile:
                 model.compile_parts()

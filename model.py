@@ -5,14 +5,15 @@
     scores = q k' / sqrt(D) + pos.bias(i, j)        # softmax over the keys in sight
 
 Shapes: B sequences, T tokens, C width (n_embd), H heads, D = C / H, V vocabulary.
-A token's place is its index from 0. Its position is what the encoding is told of it: i for queries, j for keys,
-float32, evenly spaced or random, so fractions are positions too.
+A token's place is its index from 0. Its position is what the encoding is told of it, i for queries and j for
+keys: a float32 number, evenly spaced or random.
 
 To add an encoding: a subclass of Position, an entry in POSITIONS, its plain formula in test_model.py.
 """
 import functools
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -56,7 +57,8 @@ class Position(nn.Module):
         """(T,): evenly spaced, or in training sorted random ones (Ruoss et al. 2305.16843)."""
         N = self.config.random_positions
         if N and self.training:
-            return torch.randperm(N)[:T].sort().values.float().to(device)
+            drawn = torch.randperm(N)[:T]
+            return drawn.sort().values.float().to(device)
         return torch.arange(T, device=device) * (N / T if N else self.spacing)
 
     def embed(self, x, i):
@@ -68,7 +70,9 @@ class Position(nn.Module):
         return None
 
     def rotate(self, q, k, turns, x):
-        """Turns queries and keys: (B, H, T, D) twice, turns(i), the layer's normed input -> the same shapes."""
+        """Turns queries and keys: (B, H, T, D) twice, turns(i), (B, T, C) -> (B, H, T, D) or wider, twice.
+
+        x is the layer's normed input, for encodings that look at the text."""
         return q, k
 
     def bias(self, i, j):
@@ -92,7 +96,8 @@ class Learned(Position):
         # a position between two vectors gets a mixture of both
         below = i.long()
         above = (below + 1).clamp(max=len(self.vectors) - 1)
-        return x + torch.lerp(self.vectors[below], self.vectors[above], (i - below)[:, None])
+        fraction = (i - below)[:, None]
+        return x + torch.lerp(self.vectors[below], self.vectors[above], fraction)
 
 
 def frequencies(width, device=None):
@@ -105,19 +110,22 @@ class Sinusoidal(Position):
 
     def embed(self, x, i):
         angle = i[:, None] * frequencies(self.config.n_embd, i.device)      # (T, C/2)
-        return x + torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
+        waves = torch.stack((angle.sin(), angle.cos()), -1)                 # (T, C/2, 2)
+        return x + waves.flatten(1)
 
 
 class Rotary(Position):
     """(q, k)_n turned by i w_n, w_n = 10000^(-2n/D), pairs (n, n + D/2) (RoPE, Su et al. 2104.09864)."""
+    stretch = 1.0               # times w; test-time extensions set it
+    amplitude = 1.0             # times q and k; yarn sets it
 
     def __init__(self, config):
         super().__init__(config)
         self.register_buffer("w", frequencies(config.n_embd // config.n_head), persistent=False)
 
     def turns(self, i):
-        angle = i[:, None] * self.w                                         # (T, D/2)
-        return angle.cos(), angle.sin()
+        angle = i[:, None] * (self.w * self.stretch)                        # (T, D/2)
+        return angle.cos() * self.amplitude, angle.sin() * self.amplitude
 
     def rotate(self, q, k, turns, x):
         cos, sin = turns
@@ -127,7 +135,8 @@ class Rotary(Position):
 def turned(x, cos, sin):
     """Pairs (n, n + D/2) of queries or keys, turned: (B, H, T, D), (T, D/2) twice -> (B, H, T, D)."""
     x1, x2 = x.chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1).to(x.dtype)
+    y1, y2 = x1 * cos - x2 * sin, x1 * sin + x2 * cos
+    return torch.cat((y1, y2), -1).to(x.dtype)
 
 
 class XPos(Rotary):
@@ -135,14 +144,25 @@ class XPos(Rotary):
     max_length = 2 ** 16        # beyond some 72,500 the powers overflow float32
 
     def turns(self, i):
-        cos, sin = super().turns(i)
-        z = (torch.arange(len(self.w), device=i.device) / len(self.w) + 0.4) / 1.4
-        growth = z ** ((i - i.mean())[:, None] / 512)       # centred, so that the powers stay small
-        return cos, sin, growth
+        n = torch.arange(len(self.w), device=i.device)
+        z = (n / len(n) + 0.4) / 1.4
+        centred = i - i.mean()      # so that the powers stay small
+        return *super().turns(i), z ** (centred[:, None] / 512)
 
     def rotate(self, q, k, turns, x):
         cos, sin, growth = turns
-        return turned(q, cos * growth, sin * growth), turned(k, cos / growth, sin / growth)
+        q = turned(q, cos * growth, sin * growth)
+        return q, turned(k, cos / growth, sin / growth)
+
+
+class HoPE(Rotary):
+    """Rotary, but w_n = 0 for w_n < 2 pi / L: no whole turn in training, no turn (Chen et al. 2410.21216).
+
+    p-RoPE (Barbero et al. 2410.06205) keeps the first p D/2 pairs instead."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.w[self.w < 2 * math.pi / config.block_size] = 0.0
 
 
 class T5(Position):
@@ -157,13 +177,15 @@ class T5(Position):
 
     def bias(self, i, j):
         distance = i - j
-        far = 16 + 16 * torch.log(distance.clamp(min=16) / 16) / math.log(128 / 16)
-        bucket = torch.where(distance < 16, distance, far.clamp(max=31)).long()     # (rows, keys)
-        return self.t[bucket].movedim(-1, 0) * math.sqrt(self.config.n_embd / self.config.n_head)
+        octaves = torch.log2(distance.clamp(min=16) / 16)       # 3 from 16 to 128
+        far = (16 + 16 * octaves / 3).clamp(max=31)
+        bucket = torch.where(distance < 16, distance, far).long()           # (rows, keys)
+        D = self.config.n_embd / self.config.n_head
+        return math.sqrt(D) * self.t[bucket].movedim(-1, 0)
 
 
 def slopes(H):
-    """m_h = 2^(-8h/H), h from 1; for H no power of two those of the power below it, then every other of 2n's."""
+    """2^(-8h/H), h from 1, for H a power of 2; else those of n, the power below, and every other of 2n."""
     n = 2 ** int(math.log2(H))
     if n == H:
         return [2 ** (-8 * h / H) for h in range(1, H + 1)]
@@ -174,7 +196,8 @@ class ALiBi(Position):
     """score - m_h (i - j), m_h = 2^(-8h/H), h from 1, for H a power of 2 (Press et al. 2108.12409)."""
 
     def bias(self, i, j):
-        return -torch.tensor(slopes(self.config.n_head), device=i.device)[:, None, None] * (i - j)
+        m = torch.tensor(slopes(self.config.n_head), device=i.device)
+        return -m[:, None, None] * (i - j)
 
 
 class Kerple(Position):
@@ -186,9 +209,13 @@ class Kerple(Position):
         self.a = nn.Parameter(torch.rand(config.n_head, 1, 1))
 
     def bias(self, i, j):
-        # clamp() alone would give no gradient below 0.01, from where a head could not come back
-        p, a = (x + (x.clamp(min=0.01) - x).detach() for x in (self.p, self.a))
+        p, a = at_least(self.p, 0.01), at_least(self.a, 0.01)
         return -p * torch.log1p(a * (i - j))
+
+
+def at_least(x, least):
+    """x clamped, with a gradient below `least` too: else it could not come back from there."""
+    return x + (x.clamp(min=least) - x).detach()
 
 
 class Sandwich(Position):
@@ -198,9 +225,9 @@ class Sandwich(Position):
         H = self.config.n_head
         h = torch.arange(1, H + 1, device=i.device)[:, None, None]
         n = torch.arange(1, 65, device=i.device)
+        angles = (i - j)[..., None] * 10000.0 ** (-n / 64)
         # less 64, which softmax does not see, it is 0 at distance 0, where bfloat16 is finest
-        waves = torch.cos((i - j)[..., None] * 10000.0 ** (-n / 64)).sum(-1)
-        return (waves - 64) * H / (8 * h)
+        return (angles.cos().sum(-1) - 64) * H / (8 * h)
 
 
 class FIRE(Position):
@@ -210,30 +237,78 @@ class FIRE(Position):
     def __init__(self, config):
         super().__init__(config)
         self.c = nn.Parameter(torch.tensor(0.1))
-        self.L = nn.Parameter(torch.tensor(1.0))        # in units of 512
-        self.mlp = nn.Sequential(nn.Linear(1, 32), nn.ReLU(), nn.Linear(32, config.n_head))
+        self.L = nn.Parameter(torch.tensor(1.0))        # in quarters of the trained length
+        widen, narrow = nn.Linear(1, 32), nn.Linear(32, config.n_head)
+        self.mlp = nn.Sequential(widen, nn.ReLU(), narrow)
 
     def bias(self, i, j):
         c = self.c.abs()
-        L = 512 * self.L.abs()
-        progress = torch.log1p(c * (i - j)) / (torch.log1p(c * torch.maximum(L, i)) + 1e-6)
+        L = self.config.block_size / 4 * self.L.abs()
+        longest = torch.maximum(L, i)
+        progress = torch.log1p(c * (i - j)) / (torch.log1p(c * longest) + 1e-6)
         return self.mlp(progress[..., None]).movedim(-1, 0)
 
 
-class HWFA(Rotary):
+class RNoPE(Rotary):
+    """Rotary in a window; every 4th layer from the last sees all, no positions (Yang et al. 2501.18795)."""
+
+    def __init__(self, config, every=4, logn=False):
+        super().__init__(config)
+        # the largest window with which the layers between two such reach, one upon the other, at most 3/4 of
+        # the trained length: (window - 1) between + 1
+        between = min(every, config.n_layer) - 1
+        window = config.window or 1 + int(0.75 * config.block_size - 1) // max(1, between)
+        self.layers = [(self, window, config.logn)] * config.n_layer
+        plain = Position(config)
+        for layer in range(config.n_layer - 1, -1, -every):
+            self.layers[layer] = (plain, math.inf, config.logn or logn)
+
+
+class HWFA(RNoPE):
     """Rotary in a window; the last layer sees all, with log n, no positions (Su, kexue.fm/archives/9603)."""
 
     def __init__(self, config):
+        super().__init__(config, every=config.n_layer, logn=True)
+
+
+class FoX(Position):
+    """score + ln f_(j+1) + ... + ln f_i, f_l,h = sigmoid(w_h x_l + b_h) (FoX, Lin et al. 2503.02130).
+
+    The forget gates f go by tokens, not by positions; each layer has its own."""
+
+    def __init__(self, config):
         super().__init__(config)
-        # the largest window with which the layers below the last reach, one upon the other, at most 3/4 of
-        # the trained length: (window - 1) below + 1
-        below = config.n_layer - 1
-        window = config.window or 1 + int(0.75 * config.block_size - 1) // max(1, below)
-        self.layers = [(self, window, config.logn)] * below + [(Position(config), math.inf, True)]
+        self.gates = nn.ModuleList(ForgetGate(config) for _ in range(config.n_layer))
+        self.layers = [(gate, *layer[1:]) for gate, layer in zip(self.gates, self.layers)]
+
+
+class ForgetGate(Position):
+    """One layer of FoX. With c_i = ln f_0 + ... + ln f_i the sum is c_i - c_j; softmax does not see c_i."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.f = nn.Linear(config.n_embd, config.n_head)
+        nn.init.normal_(self.f.weight, std=0.02)
+        nn.init.zeros_(self.f.bias)
+
+    def rotate(self, q, k, turns, x):
+        """Eight coordinates more: ones for queries, for keys -c_j sqrt(D) in three parts, then zeros.
+
+        In bfloat16, too, the three add up to the float32 number."""
+        with torch.autocast(x.device.type, enabled=False):
+            log_f = F.logsigmoid(self.f(x.float()))                         # (B, T, H)
+        rest = log_f.cumsum(1).mT * -math.sqrt(q.shape[-1])
+        for _ in range(3):
+            part = rest.to(q.dtype)[..., None]                              # (B, H, T, 1)
+            rest = rest - part[..., 0]
+            q = torch.cat((q, torch.ones_like(part)), -1)
+            k = torch.cat((k, part), -1)
+        return F.pad(q, (0, 5)), F.pad(k, (0, 5))
 
 
 POSITIONS = {"none": Position, "learned": Learned, "sinusoidal": Sinusoidal, "rotary": Rotary, "xpos": XPos,
-             "t5": T5, "alibi": ALiBi, "kerple": Kerple, "sandwich": Sandwich, "fire": FIRE, "hwfa": HWFA}
+             "hope": HoPE, "rnope": RNoPE, "hwfa": HWFA, "t5": T5, "alibi": ALiBi, "kerple": Kerple,
+             "sandwich": Sandwich, "fire": FIRE, "fox": FoX}
 
 
 # ---- the transformer ------------------------------------------------------------------------------
@@ -253,7 +328,8 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
         for name, weight in self.blocks.named_parameters():
             if weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer) if "_proj" in name else 0.02)
+                residual = math.sqrt(2 * config.n_layer) if "_proj" in name else 1
+                nn.init.normal_(weight, std=0.02 / residual)
         self.pos = POSITIONS[config.pos](config)
 
     def trunk(self, idx):
@@ -275,11 +351,13 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets):
         """Loss in nats of the last S tokens' targets: (B, T), (B, S) -> (B, S)."""
-        x = self.trunk(idx)[:, -targets.shape[1]:].flatten(0, 1)
+        S = targets.shape[1]
+        x = self.trunk(idx)[:, -S:].flatten(0, 1)
         # in evaluation not all logits at once
-        most = len(x) if torch.is_grad_enabled() else 1 + 2 ** 24 // self.config.vocab_size
+        most = len(x) if torch.is_grad_enabled() else 1 + 2 ** 24 // len(self.wte.weight)
         pieces = zip(x.split(most), targets.flatten().split(most))
-        return torch.cat([self.wte.loss(*piece) for piece in pieces]).view(targets.shape)
+        losses = [self.wte.loss(*piece) for piece in pieces]
+        return torch.cat(losses).view(-1, S)
 
     def log_probs(self, idx):
         """Log-probabilities of each next token, of all words: (B, T) -> (B, T, V)."""
@@ -293,7 +371,7 @@ class GPT(nn.Module):
         return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
     def compile_parts(self):
-        """Compiles blocks and losses. Masks stay outside: in a graph a trained bias would lose its gradient."""
+        """Compiles blocks and losses. Masks stay outside: in a graph a trained bias loses its gradient."""
         torch.compiler.reset()      # of the models before this one
         torch._dynamo.config.recompile_limit = 64       # graphs of one function, for its shapes and layers
         for block in self.blocks:
@@ -326,11 +404,13 @@ class Block(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))      # (B, H, T, D)
         if logn:
             n = torch.arange(1, T + 1, device=x.device)[:, None]
-            q = (q * (n.log() / math.log(self.config.block_size)).clamp(min=1)).to(q.dtype)
+            growth = n.log() / math.log(self.config.block_size)
+            q = (q * growth.clamp(min=1)).to(q.dtype)
         q, k = encoding.rotate(q, k, turns, normed)
         dropout = self.config.attn_dropout if self.training else 0.0
         y = attend(q, k, v, mask, window, dropout)
-        x = x + self.dropout(self.attn_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        x = x + self.dropout(self.attn_proj(y))
         activations = F.relu(self.c_fc(self.ln_2(x)), inplace=True)
         return x + self.dropout(self.mlp_proj(self.act_dropout(activations)))
 
@@ -339,16 +419,16 @@ class Block(nn.Module):
 
 
 def attention(q, k, v, encoding, window, i):
-    """softmax(q k' / sqrt(D) + bias) v over the keys in sight: (B, H, T, D) three times, (T,) -> (B, H, T, D)."""
+    """softmax(q k' / sqrt(D) + bias) v, D of v: (B, H, T, D) three times, positions (T,) -> (B, H, T, D)."""
     place = torch.arange(len(i), device=i.device)
     scores = q @ k.mT / math.sqrt(v.shape[-1])
     return torch.softmax(scores + sight(encoding, window, i, place, place), -1) @ v
 
 
 def sight(encoding, window, i, queries, keys):
-    """The bias of the keys that a query sees, -inf for others: positions (T,), places (n,), (m,) -> (H, n, m)."""
+    """The bias where a query sees a key, else -inf: positions (T,), places (n,) and (m,) -> (H, n, m)."""
     query = queries[:, None]
-    # a bias is not asked for keys after the query, which get distance 0: at a negative one it may be nan
+    # for keys after the query the bias is that of distance 0: at a negative one it may be nan
     bias = encoding.bias(i[query], i[torch.minimum(query, keys)])
     if bias is None:
         bias = torch.zeros(encoding.config.n_head, 1, 1, device=i.device)
@@ -364,30 +444,32 @@ FLEX_OPTIONS = {"fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 2, "bwd
 
 
 def make_mask(encoding, window, i, evenly, flex):
-    """What sight() gives for all queries, from the last to the first, and all keys: (H, T, T), BlockMask or None.
+    """What sight() gives for all queries, from the last to the first: (H, T, T), and a BlockMask or None.
 
-    Returns None where that is the causal mask alone. Where positions are `evenly` spaced, a relative bias looks
-    the same from every query: all rows are pieces of
+    None where that is the causal mask alone. Where positions are `evenly` spaced, a relative bias looks the
+    same from every query, so that all rows are pieces of one line:
 
         line = the bias at distance T - 1, ..., 1, 0, then T - 1 times -inf         # (H, 2T - 1)
         row of query i = line[T - 1 - i : 2T - 1 - i]
 
-    so that the mask is a view of it, without memory of its own; others take T^2. With the BlockMask, where the
-    mask is such a view and `flex` asks for it, comes FlexAttention."""
+    The mask is a view of it, without memory of its own; where `flex` says so, it goes to FlexAttention with a
+    BlockMask. Others take T^2."""
     T = len(i)
-    if window >= T and encoding.bias(i[:1, None], i[:1, None]) is None:
+    first = i[:1, None]
+    if encoding.bias(first, first) is None and window >= T:
         return None
     place = torch.arange(T, device=i.device)
     last_to_first = place.flip(0)
     if encoding.relative and evenly:
-        line = sight(encoding, window, i, last_to_first, place[:1])[..., 0]     # of the first key
-        mask = F.pad(line, (0, T - 1), value=-math.inf).unfold(1, T, 1)
-        return mask, causal_blocks(T, window, i.device) if flex else None
-    parts = []
-    for start in range(0, T, 128):
-        part = sight(encoding, window, i, last_to_first[start:start + 128], place[:T - start])
-        parts.append(F.pad(part, (0, start), value=-math.inf))      # keys that none of these queries sees
-    return torch.cat(parts, 1), None
+        of_first_key = sight(encoding, window, i, last_to_first, place[:1])         # (H, T, 1)
+        line = F.pad(of_first_key[..., 0], (0, T - 1), value=-math.inf)
+        blocks = causal_blocks(T, window, i.device) if flex else None
+        return line.unfold(1, T, 1), blocks
+    rows = []
+    for start, queries in zip(range(0, T, 128), last_to_first.split(128)):
+        seen = sight(encoding, window, i, queries, place[:T - start])
+        rows.append(F.pad(seen, (0, start), value=-math.inf))
+    return torch.cat(rows, 1), None
 
 
 @functools.lru_cache(maxsize=16)
@@ -399,28 +481,46 @@ def causal_blocks(T, window, device):
 
 
 def attend(q, k, v, mask, window, dropout):
-    """attention() by torch's kernels: (B, H, T, D) three times, what make_mask gave -> (B, H, T, D)."""
+    """attention() by torch's kernels: (B, H, T, D) three times, what make_mask gave -> (B, H, T, D).
+
+    Where queries and keys are wider than values, D is the values' width."""
+    D = v.shape[-1]
+    wider = q.shape[-1] - D
+    if wider:
+        v = F.pad(v, (0, wider))
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=D ** -0.5)
+    elif mask[1] is None:
+        y = in_slices(q, k, v, mask[0], window, dropout, D ** -0.5)
+    else:
+        y = by_flex(q, k, v, *mask, D ** -0.5)
+    return y[..., :D] if wider else y
+
+
+def by_flex(q, k, v, bias, blocks, scale):
+    """A kernel that adds the bias and leaves out tiles without keys in sight."""
     T = q.shape[2]
-    bias, blocks = mask
-    if blocks is not None:
-        def score_mod(score, b, h, i, j):
-            return score + bias[h, T - 1 - i, j]
-        return flex_attention(q, k, v, score_mod, blocks, kernel_options=FLEX_OPTIONS)
+
+    def score_mod(score, b, h, i, j):
+        return score + bias[h, T - 1 - i, j]
+    return flex_attention(q, k, v, score_mod, blocks, scale, kernel_options=FLEX_OPTIONS)
+
+
+def in_slices(q, k, v, bias, window, dropout, scale):
+    """On a CPU 128 queries at a time, from the last, without the keys that none of them sees."""
+    T = q.shape[2]
+    most = T if q.is_cuda else 128
     bias = bias.to(q.dtype)
     if q.is_cuda:
         bias = bias.contiguous()        # a kernel may not read a view whose rows overlap
-    # on a CPU 128 queries at a time, without the keys that none of them sees
-    most = T if q.is_cuda else 128
-    parts, end = [], T
+    y, end = [], T
     for queries, rows in zip(q.flip(2).split(most, 2), bias.split(most, 1)):
-        n = queries.shape[2]
-        keys = slice(max(0, end - n - window + 1), end)
-        rows = rows[None, ..., keys]
-        parts.append(F.scaled_dot_product_attention(queries, k[:, :, keys], v[:, :, keys], rows, dropout))
-        end -= n
-    return torch.cat(parts, 2).flip(2)
+        first = end - queries.shape[2]
+        seen = slice(max(0, first - window + 1), end)
+        keys, values, rows = k[:, :, seen], v[:, :, seen], rows[None, ..., seen]
+        y.append(F.scaled_dot_product_attention(queries, keys, values, rows, dropout, scale=scale))
+        end = first
+    return torch.cat(y, 2).flip(2)
 
 
 # ---- the vocabulary: token embedding and output layer, tied ---------------------------------------
@@ -456,46 +556,62 @@ def token_loss(x, weight, targets):
 
 
 class AdaptiveVocabulary(Vocabulary):
-    """For more than 20000 words: rare ones in bands of width C/4, C/16 below the matrix of the common ones.
+    """For more than 20000 words: the matrix has the common ones, and a row for each band of rarer ones.
 
-    Adaptive input (Baevski & Auli 1809.10853), adaptive softmax (Grave et al. 1609.04309): the matrix has one
-    row more for each band, and a band tells its own words apart. A band's ids are from `start` to `stop` - 1."""
+    Adaptive input (Baevski & Auli 1809.10853), adaptive softmax (Grave et al. 1609.04309)."""
 
     def __init__(self, V, C, cutoffs=(20000, 60000)):
         starts = [cutoff for cutoff in cutoffs if cutoff < V]
         super().__init__(starts[0] + len(starts), C)
         self.common = starts[0]
-        self.bands = list(zip(starts, starts[1:] + [V]))
-        shapes = [(stop - start, C // 4 ** n) for n, (start, stop) in enumerate(self.bands, 1)]
-        self.tails = nn.ParameterList(torch.randn(words, width) * width ** -0.5 for words, width in shapes)
-        self.projections = nn.ParameterList(torch.randn(width, C) * 0.02 for _, width in shapes)
+        self.bands = nn.ModuleList()
+        for n, (start, stop) in enumerate(pairwise([*starts, V]), 1):
+            self.bands.append(Band(start, stop, C // 4 ** n, C))
 
     def forward(self, idx):
         x = F.embedding(idx.clamp(max=self.common - 1), self.weight)
-        for (start, stop), tail, projection in zip(self.bands, self.tails, self.projections):
-            rare = F.embedding(idx.clamp(start, stop - 1) - start, tail) @ projection
-            x = torch.where((idx >= start)[..., None], rare.to(x.dtype), x)
+        for band in self.bands:
+            rare = F.embedding(band.ids(idx), band.weight) @ band.projection
+            x = torch.where(band.holds(idx)[..., None], rare.to(x.dtype), x)
         return x * math.sqrt(x.shape[-1])
 
     def loss(self, x, targets):
         # in the matrix a rare word is its band, whose row follows those of the common words
-        band = sum(targets >= start for start, _ in self.bands)
-        loss = self.token_loss(x, self.weight, targets.clamp(max=self.common - 1) + band)
+        rows = targets.clamp(max=self.common - 1) + sum(targets >= band.start for band in self.bands)
+        loss = self.token_loss(x, self.weight, rows)
         # and then itself among the words of the band
-        for (start, stop), tail, projection in zip(self.bands, self.tails, self.projections):
-            inside = ((targets >= start) & (targets < stop)).nonzero().squeeze(1)
-            logits = F.linear(F.linear(x[inside], projection), tail)
-            rare = F.cross_entropy(logits, targets[inside] - start, reduction="none")
+        for band in self.bands:
+            inside = band.holds(targets).nonzero().squeeze(1)
+            narrow = F.linear(x[inside], band.projection)
+            rare = self.token_loss(narrow, band.weight, band.ids(targets[inside]))
             loss = loss.index_add(0, inside, rare)
         return loss
 
     def log_probs(self, x):
-        first = super().log_probs(x)
-        parts = [first[..., :self.common]]
-        for n, (tail, projection) in enumerate(zip(self.tails, self.projections), self.common):
-            rare = F.linear(F.linear(x, projection), tail).log_softmax(-1)
-            parts.append(first[..., n:n + 1] + rare)
+        of_rows = super().log_probs(x)
+        parts = [of_rows[..., :self.common]]
+        for row, band in enumerate(self.bands, self.common):
+            narrow = F.linear(x, band.projection)
+            inside = F.linear(narrow, band.weight).log_softmax(-1)
+            parts.append(of_rows[..., row:row + 1] + inside)
         return torch.cat(parts, -1)
+
+
+class Band(nn.Module):
+    """Words with ids from `start` to `stop` - 1: vectors of a smaller width, and a projection to C."""
+
+    def __init__(self, start, stop, width, C):
+        super().__init__()
+        self.start, self.stop = start, stop
+        self.weight = nn.Parameter(torch.randn(stop - start, width) * width ** -0.5)
+        self.projection = nn.Parameter(torch.randn(width, C) * 0.02)
+
+    def holds(self, idx):
+        return (idx >= self.start) & (idx < self.stop)
+
+    def ids(self, idx):
+        """Rows of the weight; for words outside of the band any."""
+        return idx.clamp(self.start, self.stop - 1) - self.start
 
 
 # ---- test-time extensions: each sets one attribute; at the trained length nothing changes
@@ -508,10 +624,26 @@ def interpolate(pos, length):
 
 def ntk(pos, length):
     """Rotary with 10000 s^(D/(D-2)) for 10000, s = length / trained length (bloc97, r/LocalLLaMA 2023)."""
-    D = pos.config.n_embd // pos.config.n_head
     s = max(1.0, length / pos.config.block_size)
-    n = torch.arange(D // 2, device=pos.w.device)
-    pos.w = frequencies(D, pos.w.device) * s ** (-2 * n / (D - 2))
+    n = torch.arange(len(pos.w), device=pos.w.device)
+    pos.stretch = s ** (-n / (len(pos.w) - 1))
+
+
+def yarn(pos, length):
+    """Rotary with w_n / s for pairs that make at most one turn in the trained length, w_n from 32 turns on.
+
+    Between them it is linear in n, s = length / trained length; q and k times 0.1 ln s + 1 (Peng et al.
+    2309.00071, as their code has it, without their fine-tuning)."""
+    L, half = pos.config.block_size, len(pos.w)
+    s = max(1.0, length / L)
+    # the pairs that make 32 turns and one
+    many, one = (half * math.log(L / (2 * math.pi * r), 10000) for r in (32, 1))
+    low = max(0, math.floor(many))
+    high = max(low + 0.001, min(2 * half - 1, math.ceil(one)))
+    n = torch.arange(half, device=pos.w.device)
+    ramp = ((n - low) / (high - low)).clamp(0, 1)
+    pos.stretch = 1 + ramp * (1 / s - 1)
+    pos.amplitude = 0.1 * math.log(s) + 1
 
 
 def hierarchical(pos, length):
@@ -519,13 +651,15 @@ def hierarchical(pos, length):
 
     With a = 0.4. That is p_s + a / (1 - a) (p_r - p_0): the first n stay as they were, bit for bit."""
     n = pos.config.block_size
-    place = torch.arange(n * n, device=pos.vectors.device)[:max(n, length)]
+    place = torch.arange(max(n, min(n * n, length)), device=pos.vectors.device)
     p = pos.vectors.data[:n]
-    pos.vectors = nn.Parameter(p[place % n] + 0.4 / 0.6 * (p[place // n] - p[0]))
+    moved = p[place // n] - p[0]
+    pos.vectors = nn.Parameter(p[place % n] + 0.4 / 0.6 * moved)
 
 
-EXTENSIONS = {"interpolate": (interpolate, ("learned", "sinusoidal", "rotary", "alibi")),
-              "ntk": (ntk, ("rotary",)),
+EXTENSIONS = {"interpolate": (interpolate, ("learned", "sinusoidal", "rotary", "hope", "alibi")),
+              "ntk": (ntk, ("rotary", "hope")),
+              "yarn": (yarn, ("rotary", "hope")),
               "hierarchical": (hierarchical, ("learned",))}
 
 

@@ -25,7 +25,7 @@ from eval import number
 from model import GPT, POSITIONS, GPTConfig
 
 PRESETS = ("quick", "small", "paper")
-count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0)
+count, fraction, positive = number(int, 1), number(float, 0, 1), number(float, 0)
 SETTINGS = {    # type, value in each preset, meaning; the paper trained with NAG, here it is AdamW
     "data": (str, "stdlib", "wikitext-103", "wikitext-103", "wikitext-103, wikitext-2, stdlib or a folder"),
     "block_size": (number(int, 2), 256, 512, 512, "the trained length, in tokens"),
@@ -35,14 +35,15 @@ SETTINGS = {    # type, value in each preset, meaning; the paper trained with NA
     "n_layer": (count, 3, 12, 16, "layers"),
     "n_head": (count, 8, 12, 8, "attention heads"),
     "n_embd": (count, 128, 768, 1024, "width"),
-    "dropout": (share, 0.0, 0.1, 0.3, "of embeddings and residual branches"),
-    "attn_dropout": (share, 0.0, 0.0, 0.1, "of attention weights"),
-    "act_dropout": (share, 0.0, 0.0, 0.1, "of the MLP's activations"),
+    "dropout": (fraction, 0.0, 0.1, 0.3, "of embeddings and residual branches"),
+    "attn_dropout": (fraction, 0.0, 0.0, 0.1, "of attention weights"),
+    "act_dropout": (fraction, 0.0, 0.0, 0.1, "of the MLP's activations"),
     "learning_rate": (positive, 4e-3, 6e-4, 5e-4, "at its peak; a cosine takes it to a tenth"),
     "warmup_iters": (number(int, 0), 100, 1000, 16000, "steps to the peak"),
     "weight_decay": (positive, 0.1, 0.1, 0.0, "of matrices"),
     "grad_clip": (positive, 1.0, 1.0, 0.1, "the gradient's norm at most; 0 is off"),
-    "eval_interval": (count, 500, 1000, 2000, "steps from one evaluation and checkpoint to the next")}
+    "eval_interval": (count, 500, 1000, 2000, "steps from one evaluation and checkpoint to the next"),
+    "out_dir": (str, "out/quick", "out/small", "out/paper", "has a folder for each run")}
 PAPERS_FOUR = ["sinusoidal", "rotary", "t5", "alibi"]
 # with the model and the text, what decides a run: --resume insists on it
 RECIPE = ("seed", "batch_size", "grad_accum", "max_iters", "learning_rate", "warmup_iters", "weight_decay",
@@ -54,14 +55,13 @@ def get_args():
     formulas = [f"  {name:11} {POSITIONS[name].__doc__.splitlines()[0]}" for name in POSITIONS]
     parser = evaluation.make_parser(__doc__, "\n".join(["position encodings (--pos):", *formulas]))
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="quick", help="values for the flags below (quick)")
+    add("--preset", choices=PRESETS, default="quick", help="which of three values below counts (quick)")
     for flag, (kind, *values, meaning) in SETTINGS.items():
-        text = f"{meaning} ({' | '.join(map(str, dict.fromkeys(values)))})"
+        text = f"{meaning} ({' | '.join(map(str, values))})"
         add(f"--{flag}", type=kind, metavar="X", default=argparse.SUPPRESS, help=text)
     add("--pos", nargs="+", choices=POSITIONS, metavar="NAME", help="listed below (the paper's four | alibi)")
     add("--tokenizer", choices=("word", "byte"), help="of the text (byte for stdlib, else word)")
-    add("--out_dir", metavar="DIR", help="has a folder for each run (out/PRESET)")
-    add("--random_positions", type=number(int, 0), default=0, metavar="N", help="random, below N, in training")
+    add("--random_positions", type=number(int, 0), default=0, metavar="N", help="random, below N; 0 is off")
     add("--seed", type=number(int, 0, 2 ** 32), default=1337, help="of weights, batches, dropout (1337)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
@@ -74,8 +74,6 @@ def get_args():
         args.pos = PAPERS_FOUR if args.preset == "quick" else ["alibi"]
     if args.tokenizer is None:
         args.tokenizer = "byte" if args.data == "stdlib" else "word"
-    if args.out_dir is None:
-        args.out_dir = f"out/{args.preset}"
     check(args.n_embd % (2 * args.n_head) == 0, "--n_embd must be a multiple of twice --n_head")
     check(args.random_positions == 0 or args.random_positions >= args.block_size,
           f"--random_positions: {args.block_size} (--block_size) at least, or 0")
@@ -126,7 +124,8 @@ def train(path, config, corpus, args):
     model = GPT(config).to(args.device)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
     recipe = {flag: vars(args)[flag] for flag in RECIPE}
-    recipe["train_text"] = text_checksum(corpus)
+    text = " ".join(corpus.words).encode() + corpus.train.numpy().tobytes()
+    recipe["train_text"] = hashlib.sha256(text).hexdigest()
     step, log = 0, []
     if args.resume and path.exists():
         step, log = resume(path, model, optimizer, vars(config) | recipe)
@@ -189,12 +188,6 @@ def train(path, config, corpus, args):
         tqdm.write(f"{config.pos} step {done}: train loss {train_loss:.4f}, valid loss {valid_loss:.4f}, "
                    f"{speed:,.0f} tokens/s")
         clock = time.perf_counter()
-
-
-def text_checksum(corpus):
-    """Of the ids that are trained on and what they stand for."""
-    words = " ".join(corpus.words).encode()
-    return hashlib.sha256(words + corpus.train.numpy().tobytes()).hexdigest()[:16]
 
 
 def join_processes(device):
