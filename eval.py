@@ -234,9 +234,9 @@ def plot(figure, path, results, title, by):
     """Like the paper's Figure 1: perplexity against length, one std over seeds, dashed the trained length."""
     axes = figure.add_subplot(title=title, xlabel=by, ylabel="perplexity")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    for scale in (axes.xaxis, axes.yaxis):
-        scale.set_major_formatter("{x:g}")
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     for (label, trained), by_length in results.items():
         means = [np.mean(ppl) for ppl in by_length.values()]
         stds = [spread(ppl) for ppl in by_length.values()]

@@ -51,7 +51,8 @@ class Position(nn.Module):
         self.config = config
         # one a layer: its encoding, how many keys a query sees, whether log n scales queries. Encodings other
         # than self are no submodules, unless they are registered as well
-        self.layers = [(self, config.window or math.inf, config.logn)] * config.n_layer
+        window = config.window if config.window else math.inf
+        self.layers = [(self, window, config.logn)] * config.n_layer
 
     def positions(self, T, device):
         """(T,): evenly spaced, or in training sorted random ones (Ruoss et al. 2305.16843)."""
@@ -295,15 +296,15 @@ class ForgetGate(Position):
         """Eight coordinates more: ones for queries, for keys -c_j sqrt(D) in three parts, then zeros.
 
         In bfloat16, too, the three add up to the float32 number."""
-        with torch.autocast(x.device.type, enabled=False):
-            log_f = F.logsigmoid(self.f(x.float()))                         # (B, T, H)
-        rest = log_f.cumsum(1).mT * -math.sqrt(q.shape[-1])
+        log_f = F.logsigmoid(self.f(x).float())                             # (B, T, H)
+        rest = log_f.mT.cumsum(2) * -math.sqrt(q.shape[-1])                 # (B, H, T)
+        parts = []
         for _ in range(3):
-            part = rest.to(q.dtype)[..., None]                              # (B, H, T, 1)
-            rest = rest - part[..., 0]
-            q = torch.cat((q, torch.ones_like(part)), -1)
-            k = torch.cat((k, part), -1)
-        return F.pad(q, (0, 5)), F.pad(k, (0, 5))
+            parts.append(rest.to(q.dtype))
+            rest = rest - parts[-1]
+        ones = F.pad(q, (0, 3), value=1.0)
+        sums = torch.cat((k, torch.stack(parts, -1)), -1)
+        return F.pad(ones, (0, 5)), F.pad(sums, (0, 5))
 
 
 POSITIONS = {"none": Position, "learned": Learned, "sinusoidal": Sinusoidal, "rotary": Rotary, "xpos": XPos,
@@ -334,18 +335,19 @@ class GPT(nn.Module):
 
     def trunk(self, idx):
         """Final hidden states: (B, T) -> (B, T, C)."""
-        i = self.pos.positions(idx.shape[1], idx.device)
+        T = idx.shape[1]
+        i = self.pos.positions(T, idx.device)
         x = self.drop(self.pos.embed(self.wte(idx), i))
+        layers = [(encoding, min(window, T), logn) for encoding, window, logn in self.pos.layers]
         # FlexAttention has no dropout
         flex = self.flex and x.is_cuda and not (self.training and self.config.attn_dropout)
         evenly = not (self.training and self.config.random_positions)
         # in float32: bfloat16 cannot tell distances beyond 256 apart
         with torch.autocast(i.device.type, enabled=False):
-            kinds = set(self.pos.layers)
-            turns = {encoding: encoding.turns(i) for encoding, _, _ in kinds}
+            turns = {encoding: encoding.turns(i) for encoding, _, _ in set(layers)}
             masks = {(encoding, window): make_mask(encoding, window, i, evenly, flex)
-                     for encoding, window, _ in kinds}
-        for block, (encoding, window, logn) in zip(self.blocks, self.pos.layers):
+                     for encoding, window, _ in set(layers)}
+        for block, (encoding, window, logn) in zip(self.blocks, layers):
             x = block(x, encoding, window, logn, turns[encoding], masks[encoding, window])
         return self.ln_f(x)
 
@@ -488,12 +490,15 @@ def attend(q, k, v, mask, window, dropout):
     wider = q.shape[-1] - D
     if wider:
         v = F.pad(v, (0, wider))
+    kernel = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=D ** -0.5)
     if mask is None:
-        y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=D ** -0.5)
-    elif mask[1] is None:
-        y = in_slices(q, k, v, mask[0], window, dropout, D ** -0.5)
-    else:
+        y = kernel(q, k, v, is_causal=True)
+    elif mask[1] is not None:
         y = by_flex(q, k, v, *mask, D ** -0.5)
+    elif q.is_cuda:         # a kernel may not read a view whose rows overlap
+        y = kernel(q.flip(2), k, v, mask[0][None].to(q.dtype).contiguous()).flip(2)
+    else:
+        y = in_slices(q, k, v, mask[0].to(q.dtype), window, kernel)
     return y[..., :D] if wider else y
 
 
@@ -506,19 +511,13 @@ def by_flex(q, k, v, bias, blocks, scale):
     return flex_attention(q, k, v, score_mod, blocks, scale, kernel_options=FLEX_OPTIONS)
 
 
-def in_slices(q, k, v, bias, window, dropout, scale):
-    """On a CPU 128 queries at a time, from the last, without the keys that none of them sees."""
-    T = q.shape[2]
-    most = T if q.is_cuda else 128
-    bias = bias.to(q.dtype)
-    if q.is_cuda:
-        bias = bias.contiguous()        # a kernel may not read a view whose rows overlap
-    y, end = [], T
-    for queries, rows in zip(q.flip(2).split(most, 2), bias.split(most, 1)):
+def in_slices(q, k, v, bias, window, kernel):
+    """128 queries at a time, from the last, without the keys that none of them sees."""
+    y, end = [], q.shape[2]
+    for queries, rows in zip(q.flip(2).split(128, 2), bias.split(128, 1)):
         first = end - queries.shape[2]
         seen = slice(max(0, first - window + 1), end)
-        keys, values, rows = k[:, :, seen], v[:, :, seen], rows[None, ..., seen]
-        y.append(F.scaled_dot_product_attention(queries, keys, values, rows, dropout, scale=scale))
+        y.append(kernel(queries, k[:, :, seen], v[:, :, seen], rows[None, ..., seen]))
         end = first
     return torch.cat(y, 2).flip(2)
 
