@@ -373,11 +373,11 @@ class GPT(nn.Module):
         return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
     def compile_parts(self):
-        """Compiles blocks and losses. Masks stay outside: in a graph a trained bias loses its gradient."""
+        """Compiles all but the masks: in a graph a trained bias loses its gradient."""
         torch.compiler.reset()      # of the models before this one
         torch._dynamo.config.recompile_limit = 64       # graphs of one function, for its shapes and layers
-        for block in self.blocks:
-            block.compile()
+        for part in (self.wte, *self.blocks):
+            part.compile()
         self.wte.token_loss = torch.compile(token_loss)
         self.flex = True
 
@@ -465,8 +465,12 @@ def make_mask(encoding, window, i, evenly, flex):
     if encoding.relative and evenly:
         of_first_key = sight(encoding, window, i, last_to_first, place[:1])         # (H, T, 1)
         line = F.pad(of_first_key[..., 0], (0, T - 1), value=-math.inf)
-        blocks = causal_blocks(T, window, i.device) if flex else None
-        return line.unfold(1, T, 1), blocks
+        mask = line.unfold(1, T, 1)
+        if not flex:
+            return mask, None
+        # a copy, as long as it is small, lets the kernel load neighbours together
+        mask = mask.contiguous() if T <= 1024 else mask
+        return mask, causal_blocks(T, window, i.device)
     rows = []
     for start, queries in zip(range(0, T, 128), last_to_first.split(128)):
         seen = sight(encoding, window, i, queries, place[:T - start])

@@ -103,7 +103,10 @@ def get_batch(tokens, args, n):
     first = n * args.batch_size + args.rank * rows
     places = [divmod(k, len(blocks)) for k in range(first, first + rows)]
     chosen = [order(len(blocks), args.seed, epoch)[place] for epoch, place in places]
-    ids = blocks[chosen].long().to(args.device)
+    ids = blocks[chosen].long()
+    if args.device == "cuda":
+        ids = ids.pin_memory()      # so that nothing waits for the copy
+    ids = ids.to(args.device, non_blocking=True)
     return ids[:, :-1], ids[:, 1:]
 
 
