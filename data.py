@@ -145,11 +145,9 @@ def stdlib_files():
     """The running Python's own library: of each hundred files one is for validation, one for test."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests"}
-    files = [path for path in root.rglob("*.py") if skip.isdisjoint(path.relative_to(root).parts)]
-    splits = {"train": [], "valid": [], "test": []}
-    for n, path in enumerate(sorted(files)):
-        splits[{49: "valid", 99: "test"}.get(n % 100, "train")].append(path)
-    return splits
+    files = sorted(path for path in root.rglob("*.py") if skip.isdisjoint(path.relative_to(root).parts))
+    train = [path for n, path in enumerate(files, 1) if n % 50]
+    return {"train": train, "valid": files[49::100], "test": files[99::100]}
 
 
 def fetch(name, folder):

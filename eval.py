@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections import namedtuple
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,31 +63,28 @@ def find_checkpoints(paths):
     for path in map(Path, paths):
         below = glob.glob(f"{glob.escape(str(path))}/**/ckpt.pt", recursive=True)
         found += map(Path, sorted(below)) if below else [path]
-    return {path.resolve(): path for path in found}.values()        # each once
+    return list({path.resolve(): path for path in found}.values())      # each once
 
 
 def load_checkpoint(path, **changes):
-    """What train.py saved, and its model, with these fields of the config changed. Raises UserError."""
+    """What train.py saved, and its model with fields of the config changed, unless None. Raises UserError."""
+    changes = {field: value for field, value in changes.items() if value is not None}
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(GPTConfig(**checkpoint["config"] | changes))
         model.load_state_dict(checkpoint["model"])
+        missing = {"recipe", "words", "data", "step", "log", "optimizer"} - set(checkpoint)
+        check(not missing, f"it lacks {missing}")
     except Exception as error:      # whatever a foreign, older or damaged file leads to
-        raise UserError(f"{path} is no checkpoint of this train.py ({in_one_line(error)})") from error
+        kind = type(error).__name__
+        last = str(error).strip().split("\n")[-1].strip()
+        raise UserError(f"{path} is no checkpoint of this train.py ({kind}: {last})") from error
     return checkpoint, model
-
-
-def in_one_line(error):
-    """An exception's type and the last line of what it says."""
-    *_, last = ["", *str(error).strip().splitlines()]
-    return f"{type(error).__name__}: {last.strip()}"
 
 
 def read_run(path, args):
     """The Run at path, its model, and the tokens to test it on. Raises UserError, OSError."""
-    asked = {"window": args.window, "logn": args.logn}
-    changes = {field: value for field, value in asked.items() if value is not None}
-    checkpoint, model = load_checkpoint(path, **changes)
+    checkpoint, model = load_checkpoint(path, window=args.window, logn=args.logn)
     data = args.data or checkpoint["data"]
     words = checkpoint["words"]
     files = find_files(data, [args.split], args.data_dir)
@@ -109,7 +106,7 @@ def measure(run, model, tokens, extension, args):
     for length in pick_lengths(args, config.block_size, tokens):
         if extension:
             EXTENSIONS[extension][0](model.pos, length)
-        sums = torch.zeros(2, length)       # stays so beyond the last position: a loss of 0 / 0
+        sums = torch.zeros(2, length)       # where the encoding has ended a loss is 0 / 0, shown as -
         if length <= model.pos.max_length:
             sums = evaluate(model, tokens, length, args.stride, args.dtype, args.batch_tokens)
         doubled = [2 ** n for n in range((length - 1).bit_length())]
@@ -150,12 +147,12 @@ def group(measured):
             label += f", step {run.step} of {run.recipe['max_iters']}"
         if len(texts) > 1:
             label += f", {run.data} by {run.unit}"
-        # another recipe under a label that is taken has its path in it
+        # two runs that differ in more than path and seed may not share a label: the later one shows its path
         trained = row["train_length"]
-        same = repr((label, run._replace(path="", recipe=run.recipe | {"seed": 0})))
-        if same not in labels and (label, trained) in labels.values():
+        identity = repr((label, run._replace(path="", recipe=run.recipe | {"seed": 0})))
+        if identity not in labels and (label, trained) in labels.values():
             label += f" in {run.path}"
-        label, trained = labels.setdefault(same, (label, trained))
+        label, trained = labels.setdefault(identity, (label, trained))
         column = row["length"]
         if "last" in row:
             label += f" at {row['length']}"
@@ -166,13 +163,9 @@ def group(measured):
 
 def label_of(row):
     """How a CSV row's model is called: rotary + ntk + window 64."""
-    parts = [row["pos"]]
-    if row["extend"]:
-        parts.append(row["extend"])
-    if row["logn"]:
-        parts.append("logn")
+    parts = [row["pos"], row["extend"], "logn" if row["logn"] else ""]
     parts += [f"{key} {row[key]}" for key in ("window", "random_positions") if row[key]]
-    return " + ".join(parts)
+    return " + ".join(filter(None, parts))
 
 
 def verdict(trained, by_length):
@@ -182,7 +175,8 @@ def verdict(trained, by_length):
         return ""
     limit = 1.01 * np.mean(by_length[trained])
     for length in longer:
-        if not np.mean(by_length[length]) <= limit < math.inf:
+        holds = np.mean(by_length[length]) <= limit < math.inf      # not where it is nan
+        if not holds:
             return f"fails from {length}"
     return "holds"
 
@@ -272,7 +266,7 @@ def make_parser(doc, epilog=None):
     add("--compile", action=optional, help="with torch.compile, Triton (on cuda)")
     add("--lengths", type=number(int, 1), nargs="+", metavar="N",
         help="to test at (1 to 16 times the trained one)")
-    add("--window", type=number(int, 0), metavar="N", help="keys that a query sees; 0: all, in hwfa its own")
+    add("--window", type=number(int, 0), metavar="N", help="keys a query sees; 0: all, or rnope's own")
     add("--logn", action=optional, help="queries times max(1, ln(place + 1) / ln(trained length))")
     return parser
 
@@ -296,7 +290,7 @@ def pick_device(args):
     """Puts a choice where --device, --dtype or --compile left one open. Raises UserError."""
     found = torch.accelerator.current_accelerator(check_available=True)
     best = found.type if found else "cpu"
-    check(args.device in ("auto", "cpu", best), f"--device {args.device}: torch finds none here, but {best}")
+    check(args.device in ("auto", "cpu", best), f"--device {args.device}: torch finds only {best} here")
     args.device = best if args.device == "auto" else args.device
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
@@ -308,25 +302,26 @@ def compare(args):
     """Measures and shows what can be measured; returns the paths of the rest, each with a line on stderr."""
     pick_device(args)
     figure = new_figure(args.plot) if args.plot else None       # what it lacks is told before the measuring
-    measured, left_out = [], set()
-    extensions = dict.fromkeys(["", *args.extend])
-    for path, extension in product(find_checkpoints(args.checkpoints), extensions):
+    paths = find_checkpoints(args.checkpoints)
+    measured, done = [], set()
+    for path in paths:
         try:
-            run, model, tokens = read_run(path, args)
-            if extension and not fits(model.config, extension):
-                continue
-            model.to(args.device)
-            if args.compile:
-                model.compile_parts()
-            for row in measure(run, model, tokens, extension, args):
-                measured.append((run, row))
+            for extension in dict.fromkeys(["", *args.extend]):
+                run, model, tokens = read_run(path, args)
+                if extension and not fits(model.config, extension):
+                    continue
+                model.to(args.device)
+                if args.compile:
+                    model.compile_parts()
+                for row in measure(run, model, tokens, extension, args):
+                    measured.append((run, row))
+            done.add(path)
         except (UserError, OSError, RuntimeError) as error:
             print(f"left out: {path}: {error}", file=sys.stderr)
-            left_out.add(path)
         except KeyboardInterrupt:
             print(f"stopped at {path}", file=sys.stderr)
-            left_out.add(path)
             break
+    left_out = set(paths) - done
     for extension in set(args.extend) - {row["extend"] for _, row in measured}:
         print(f"--extend {extension} fits none of the checkpoints", file=sys.stderr)
     if not measured:
@@ -352,9 +347,7 @@ def main():
 
 def run(main):
     """Calls main; what a user can put right ends in one line on standard error and exit code 1."""
-    if sys.stdout is None:          # it is closed
-        sys.stdout = open(os.devnull, "w")
-    if isinstance(sys.stdout, io.TextIOWrapper):        # a notebook's is none
+    if isinstance(sys.stdout, io.TextIOWrapper):        # a notebook's is none, nor is a closed one
         # where it goes into a file, too, each line is there at once
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:

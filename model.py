@@ -49,15 +49,20 @@ class Position(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # one a layer: its encoding, how many keys a query sees, whether log n scales queries. Encodings other
-        # than self are no submodules, unless they are registered as well
-        window = config.window if config.window else math.inf
-        self.layers = [(self, window, config.logn)] * config.n_layer
+
+    def layer(self, n):
+        """Of layer n: its encoding, how many keys a query sees, whether log n scales queries."""
+        window = self.config.window if self.config.window else math.inf
+        return self, window, self.config.logn
+
+    def at_random(self):
+        """Whether positions are drawn: in training, where random_positions says so."""
+        return self.training and self.config.random_positions > 0
 
     def positions(self, T, device):
-        """(T,): evenly spaced, or in training sorted random ones (Ruoss et al. 2305.16843)."""
+        """(T,): evenly spaced, or sorted random ones (Ruoss et al. 2305.16843)."""
         N = self.config.random_positions
-        if N and self.training:
+        if self.at_random():
             drawn = torch.randperm(N)[:T]
             return drawn.sort().values.float().to(device)
         return torch.arange(T, device=device) * (N / T if N else self.spacing)
@@ -71,13 +76,13 @@ class Position(nn.Module):
         return None
 
     def rotate(self, q, k, turns, x):
-        """Turns queries and keys: (B, H, T, D) twice, turns(i), (B, T, C) -> (B, H, T, D) or wider, twice.
+        """Turns queries and keys (B, H, T, D), which may become wider, by turns(i).
 
-        x is the layer's normed input, for encodings that look at the text."""
+        x is the layer's normed input (B, T, C), for encodings that look at the text."""
         return q, k
 
     def bias(self, i, j):
-        """What is added to the scores: (rows, 1), (1 or rows, keys), j <= i -> (H, rows, keys), or None."""
+        """What is added to the scores, or None: (rows, 1), (rows, keys), j <= i -> (H, rows, keys)."""
         return None
 
 
@@ -107,7 +112,7 @@ def frequencies(width, device=None):
 
 
 class Sinusoidal(Position):
-    """x_i + [sin(i w_n), cos(i w_n)], w_n = 10000^(-2n/C) (Vaswani et al. 1706.03762)."""
+    """x_i + sin(i w_n) at 2n, cos(i w_n) at 2n + 1, w_n = 10000^(-2n/C) (Vaswani et al. 1706.03762)."""
 
     def embed(self, x, i):
         angle = i[:, None] * frequencies(self.config.n_embd, i.device)      # (T, C/2)
@@ -157,9 +162,9 @@ class XPos(Rotary):
 
 
 class HoPE(Rotary):
-    """Rotary, but w_n = 0 for w_n < 2 pi / L: no whole turn in training, no turn (Chen et al. 2410.21216).
+    """Rotary, but pairs with no whole turn in block_size, w_n < 2 pi / L, have none (Chen et al. 2410.21216).
 
-    p-RoPE (Barbero et al. 2410.06205) keeps the first p D/2 pairs instead."""
+    p-RoPE (Barbero et al. 2410.06205) turns the first p D/2 pairs instead."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -169,8 +174,8 @@ class HoPE(Rotary):
 class T5(Position):
     """score + sqrt(D) t[bucket(i - j)]_h, 32 buckets, logarithmic from 16 to 128 (Raffel et al. 1910.10683).
 
-    T5 itself does not divide scores by sqrt(D). Where they are divided, KERPLE's code multiplies t: Adam's
-    steps have the same size for any parameter, and would move the scores too little without."""
+    T5 itself does not divide scores by sqrt(D). Here they are divided, so t is multiplied, as in KERPLE's
+    code: else Adam, whose steps have one size, would move the scores too slowly."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -227,60 +232,66 @@ class Sandwich(Position):
         h = torch.arange(1, H + 1, device=i.device)[:, None, None]
         n = torch.arange(1, 65, device=i.device)
         angles = (i - j)[..., None] * 10000.0 ** (-n / 64)
-        # less 64, which softmax does not see, it is 0 at distance 0, where bfloat16 is finest
+        # less 64: so it is 0 at distance 0, where bfloat16 is finest; softmax does not see a constant
         return (angles.cos().sum(-1) - 64) * H / (8 * h)
 
 
 class FIRE(Position):
-    """score + MLP_h(ln(1 + c (i - j)) / ln(1 + c max(L, i))), MLP, c and L trained (Li et al. 2310.04418)."""
+    """score + MLP_h(ln(1 + c (i - j)) / ln(1 + c max(l, i))), MLP, c and l trained (Li et al. 2310.04418)."""
     relative = False
 
     def __init__(self, config):
         super().__init__(config)
         self.c = nn.Parameter(torch.tensor(0.1))
-        self.L = nn.Parameter(torch.tensor(1.0))        # in quarters of the trained length
+        self.l = nn.Parameter(torch.tensor(1.0))        # in quarters of the trained length
         widen, narrow = nn.Linear(1, 32), nn.Linear(32, config.n_head)
         self.mlp = nn.Sequential(widen, nn.ReLU(), narrow)
 
     def bias(self, i, j):
         c = self.c.abs()
-        L = self.config.block_size / 4 * self.L.abs()
-        longest = torch.maximum(L, i)
-        progress = torch.log1p(c * (i - j)) / (torch.log1p(c * longest) + 1e-6)
-        return self.mlp(progress[..., None]).movedim(-1, 0)
+        threshold = self.config.block_size / 4 * self.l.abs()
+        whole = torch.log1p(c * torch.maximum(threshold, i)) + 1e-6
+        share = torch.log1p(c * (i - j)) / whole
+        return self.mlp(share[..., None]).movedim(-1, 0)
 
 
 class RNoPE(Rotary):
     """Rotary in a window; every 4th layer from the last sees all, no positions (Yang et al. 2501.18795)."""
+    every = 4
+    scaled = False              # whether log n scales queries in the layers that see all
 
-    def __init__(self, config, every=4, logn=False):
+    def __init__(self, config):
         super().__init__(config)
-        # the largest window with which the layers between two such reach, one upon the other, at most 3/4 of
-        # the trained length: (window - 1) between + 1
-        between = min(every, config.n_layer) - 1
-        window = config.window or 1 + int(0.75 * config.block_size - 1) // max(1, between)
-        self.layers = [(self, window, config.logn)] * config.n_layer
-        plain = Position(config)
-        for layer in range(config.n_layer - 1, -1, -every):
-            self.layers[layer] = (plain, math.inf, config.logn or logn)
+        self.plain = Position(config)
+
+    def layer(self, n):
+        config = self.config
+        if (config.n_layer - 1 - n) % self.every == 0:
+            return self.plain, math.inf, config.logn or self.scaled
+        # b layers with windows of w reach 1 + b (w - 1) tokens: here at most 3/4 of the trained length
+        between = min(self.every, config.n_layer) - 1
+        widest = 1 + int(0.75 * config.block_size - 1) // between
+        return self, config.window if config.window else widest, config.logn
 
 
 class HWFA(RNoPE):
     """Rotary in a window; the last layer sees all, with log n, no positions (Su, kexue.fm/archives/9603)."""
-
-    def __init__(self, config):
-        super().__init__(config, every=config.n_layer, logn=True)
+    every = math.inf
+    scaled = True
 
 
 class FoX(Position):
-    """score + ln f_(j+1) + ... + ln f_i, f_l,h = sigmoid(w_h x_l + b_h) (FoX, Lin et al. 2503.02130).
+    """score + ln f_(j+1) + ... + ln f_i, f_t,h = sigmoid(w_h x_t + b_h) (FoX, Lin et al. 2503.02130).
 
     The forget gates f go by tokens, not by positions; each layer has its own."""
 
     def __init__(self, config):
         super().__init__(config)
         self.gates = nn.ModuleList(ForgetGate(config) for _ in range(config.n_layer))
-        self.layers = [(gate, *layer[1:]) for gate, layer in zip(self.gates, self.layers)]
+
+    def layer(self, n):
+        _, window, logn = super().layer(n)
+        return self.gates[n], window, logn
 
 
 class ForgetGate(Position):
@@ -293,18 +304,18 @@ class ForgetGate(Position):
         nn.init.zeros_(self.f.bias)
 
     def rotate(self, q, k, turns, x):
-        """Eight coordinates more: ones for queries, for keys -c_j sqrt(D) in three parts, then zeros.
+        """Eight coordinates more: 1 in queries, in keys -c_j sqrt(D) as a sum of three, the rest 0.
 
-        In bfloat16, too, the three add up to the float32 number."""
+        In bfloat16, too, the three add up to the float32 number. Kernels like multiples of eight."""
         log_f = F.logsigmoid(self.f(x).float())                             # (B, T, H)
         rest = log_f.mT.cumsum(2) * -math.sqrt(q.shape[-1])                 # (B, H, T)
         parts = []
         for _ in range(3):
             parts.append(rest.to(q.dtype))
             rest = rest - parts[-1]
-        ones = F.pad(q, (0, 3), value=1.0)
-        sums = torch.cat((k, torch.stack(parts, -1)), -1)
-        return F.pad(ones, (0, 5)), F.pad(sums, (0, 5))
+        q = F.pad(q, (0, 3), value=1.0)
+        k = torch.cat((k, torch.stack(parts, -1)), -1)
+        return F.pad(q, (0, 5)), F.pad(k, (0, 5))
 
 
 POSITIONS = {"none": Position, "learned": Learned, "sinusoidal": Sinusoidal, "rotary": Rotary, "xpos": XPos,
@@ -338,21 +349,22 @@ class GPT(nn.Module):
         T = idx.shape[1]
         i = self.pos.positions(T, idx.device)
         x = self.drop(self.pos.embed(self.wte(idx), i))
-        layers = [(encoding, min(window, T), logn) for encoding, window, logn in self.pos.layers]
         # FlexAttention has no dropout
         flex = self.flex and x.is_cuda and not (self.training and self.config.attn_dropout)
-        evenly = not (self.training and self.config.random_positions)
-        # in float32: bfloat16 cannot tell distances beyond 256 apart
-        with torch.autocast(i.device.type, enabled=False):
-            turns = {encoding: encoding.turns(i) for encoding, _, _ in set(layers)}
-            masks = {(encoding, window): make_mask(encoding, window, i, evenly, flex)
-                     for encoding, window, _ in set(layers)}
-        for block, (encoding, window, logn) in zip(self.blocks, layers):
-            x = block(x, encoding, window, logn, turns[encoding], masks[encoding, window])
+        turns, masks = {}, {}           # layers with the same encoding share them
+        for n, block in enumerate(self.blocks):
+            encoding, window, logn = self.pos.layer(n)
+            window = min(window, T)
+            if encoding not in masks:
+                # in float32: bfloat16 cannot tell distances beyond 256 apart
+                with torch.autocast(i.device.type, enabled=False):
+                    turns[encoding] = encoding.turns(i)
+                    masks[encoding] = make_mask(encoding, window, i, flex)
+            x = block(x, encoding, window, logn, turns[encoding], masks[encoding])
         return self.ln_f(x)
 
     def forward(self, idx, targets):
-        """Loss in nats of the last S tokens' targets: (B, T), (B, S) -> (B, S)."""
+        """Losses in nats at the last S places: (B, T), targets (B, S) -> (B, S)."""
         S = targets.shape[1]
         x = self.trunk(idx)[:, -S:].flatten(0, 1)
         # in evaluation not all logits at once
@@ -373,7 +385,7 @@ class GPT(nn.Module):
         return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
     def compile_parts(self):
-        """Compiles all but the masks: in a graph a trained bias loses its gradient."""
+        """Compiles blocks and vocabulary. Not make_mask: in a graph a trained bias loses its gradient."""
         torch.compiler.reset()      # of the models before this one
         torch._dynamo.config.recompile_limit = 64       # graphs of one function, for its shapes and layers
         for part in (self.wte, *self.blocks):
@@ -399,12 +411,12 @@ class Block(nn.Module):
         self.act_dropout = nn.Dropout(config.act_dropout)
 
     def forward(self, x, encoding, window, logn, turns, mask):
-        """(B, T, C), the layer's entry in pos.layers, its encoding's turns, its mask -> (B, T, C)."""
+        """(B, T, C), what pos.layer says, the encoding's turns, the mask -> (B, T, C)."""
         B, T, C = x.shape
         normed = self.ln_1(x)
         qkv = self.c_attn(normed).view(B, T, 3, self.config.n_head, -1)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))      # (B, H, T, D)
-        if logn:
+        if logn:        # before the encoding, whose own coordinates are not scaled
             n = torch.arange(1, T + 1, device=x.device)[:, None]
             growth = n.log() / math.log(self.config.block_size)
             q = (q * growth.clamp(min=1)).to(q.dtype)
@@ -417,7 +429,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp_proj(self.act_dropout(activations)))
 
 
-# ---- attention as it is defined: the program runs what comes after, which the tests hold against this
+# ---- attention as it is defined. Only the tests call attention(): what comes after is the same, but faster
 
 
 def attention(q, k, v, encoding, window, i):
@@ -445,44 +457,46 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 FLEX_OPTIONS = {"fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 2, "bwd_num_stages": 2}
 
 
-def make_mask(encoding, window, i, evenly, flex):
-    """What sight() gives for all queries, from the last to the first: (H, T, T), and a BlockMask or None.
+def make_mask(encoding, window, i, flex):
+    """What sight() gives for all queries, the last query first: (H, T, T), and a BlockMask for FlexAttention.
 
-    None where that is the causal mask alone. Where positions are `evenly` spaced, a relative bias looks the
-    same from every query, so that all rows are pieces of one line:
+    Either is None where there is none. At evenly spaced positions a relative bias looks the same from every
+    query, so that all rows are pieces of one line, in which the next row begins one further on:
 
         line = the bias at distance T - 1, ..., 1, 0, then T - 1 times -inf         # (H, 2T - 1)
         row of query i = line[T - 1 - i : 2T - 1 - i]
 
-    The mask is a view of it, without memory of its own; where `flex` says so, it goes to FlexAttention with a
-    BlockMask. Others take T^2."""
+    Such a mask is a view of it, without memory of its own. Others take T^2, also short and trained ones in
+    FlexAttention."""
     T = len(i)
     first = i[:1, None]
-    if encoding.bias(first, first) is None and window >= T:
-        return None
+    if encoding.bias(first, first) is None and window >= T:     # the causal mask alone
+        return None, None
     place = torch.arange(T, device=i.device)
     last_to_first = place.flip(0)
-    if encoding.relative and evenly:
+    if encoding.relative and not encoding.at_random():
         of_first_key = sight(encoding, window, i, last_to_first, place[:1])         # (H, T, 1)
         line = F.pad(of_first_key[..., 0], (0, T - 1), value=-math.inf)
         mask = line.unfold(1, T, 1)
         if not flex:
             return mask, None
-        # a copy, as long as it is small, lets the kernel load neighbours together
-        mask = mask.contiguous() if T <= 1024 else mask
+        # a copy lets the kernel load neighbours together; and a view would lose its gradient
+        if T <= 1024 or mask.requires_grad:
+            mask = mask.contiguous()
         return mask, causal_blocks(T, window, i.device)
     rows = []
-    for start, queries in zip(range(0, T, 128), last_to_first.split(128)):
-        seen = sight(encoding, window, i, queries, place[:T - start])
-        rows.append(F.pad(seen, (0, start), value=-math.inf))
+    for queries in last_to_first.split(128):
+        end = T - 128 * len(rows)       # of the keys that any of these queries sees
+        seen = sight(encoding, window, i, queries, place[:end])
+        rows.append(F.pad(seen, (0, T - end), value=-math.inf))
     return torch.cat(rows, 1), None
 
 
 @functools.lru_cache(maxsize=16)
 def causal_blocks(T, window, device):
     """FlexAttention's BlockMask: which tiles of the scores it need not look at."""
-    def visible(b, h, i, j):
-        return (j <= i) & (j > i - window)
+    def visible(b, h, query, key):
+        return (key <= query) & (key > query - window)
     return create_block_mask(visible, None, None, T, T, device)
 
 
@@ -491,38 +505,43 @@ def attend(q, k, v, mask, window, dropout):
 
     Where queries and keys are wider than values, D is the values' width."""
     D = v.shape[-1]
-    wider = q.shape[-1] - D
+    scale = D ** -0.5
+    wider = q.shape[-1] > D
     if wider:
-        v = F.pad(v, (0, wider))
-    kernel = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=D ** -0.5)
-    if mask is None:
+        v = F.pad(v, (0, q.shape[-1] - D))
+    bias, blocks = mask
+    kernel = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scale)
+    if bias is None:
         y = kernel(q, k, v, is_causal=True)
-    elif mask[1] is not None:
-        y = by_flex(q, k, v, *mask, D ** -0.5)
-    elif q.is_cuda:         # a kernel may not read a view whose rows overlap
-        y = kernel(q.flip(2), k, v, mask[0][None].to(q.dtype).contiguous()).flip(2)
+    elif blocks is not None:
+        y = by_flex(q, k, v, bias, blocks, scale)
+    elif q.is_cuda:
+        bias = bias.to(q.dtype).contiguous()        # a kernel may not read a view whose rows overlap
+        y = kernel(q.flip(2), k, v, bias[None]).flip(2)
     else:
-        y = in_slices(q, k, v, mask[0].to(q.dtype), window, kernel)
+        y = in_slices(q, k, v, bias.to(q.dtype), window, kernel)
     return y[..., :D] if wider else y
 
 
 def by_flex(q, k, v, bias, blocks, scale):
-    """A kernel that adds the bias and leaves out tiles without keys in sight."""
+    """FlexAttention: one kernel that adds the bias and leaves out tiles without keys in sight."""
     T = q.shape[2]
 
-    def score_mod(score, b, h, i, j):
-        return score + bias[h, T - 1 - i, j]
+    def score_mod(score, b, h, query, key):
+        return score + bias[h, T - 1 - query, key]
     return flex_attention(q, k, v, score_mod, blocks, scale, kernel_options=FLEX_OPTIONS)
 
 
 def in_slices(q, k, v, bias, window, kernel):
-    """128 queries at a time, from the last, without the keys that none of them sees."""
-    y, end = [], q.shape[2]
+    """128 queries at a time, the last first, without the keys that none of them sees."""
+    y = []
+    end = q.shape[2]
     for queries, rows in zip(q.flip(2).split(128, 2), bias.split(128, 1)):
-        first = end - queries.shape[2]
-        seen = slice(max(0, first - window + 1), end)
-        y.append(kernel(queries, k[:, :, seen], v[:, :, seen], rows[None, ..., seen]))
-        end = first
+        start = end - queries.shape[2]
+        seen = slice(max(0, start - window + 1), end)
+        rows = rows[None, ..., seen]
+        y.append(kernel(queries, k[:, :, seen], v[:, :, seen], rows))
+        end = start
     return torch.cat(y, 2).flip(2)
 
 
@@ -569,7 +588,7 @@ class AdaptiveVocabulary(Vocabulary):
         self.common = starts[0]
         self.bands = nn.ModuleList()
         for n, (start, stop) in enumerate(pairwise([*starts, V]), 1):
-            self.bands.append(Band(start, stop, C // 4 ** n, C))
+            self.bands.append(Band(start, stop, max(1, C // 4 ** n), C))
 
     def forward(self, idx):
         x = F.embedding(idx.clamp(max=self.common - 1), self.weight)
@@ -613,11 +632,11 @@ class Band(nn.Module):
         return (idx >= self.start) & (idx < self.stop)
 
     def ids(self, idx):
-        """Rows of the weight; for words outside of the band any."""
+        """Rows of the weight; words outside of the band get any."""
         return idx.clamp(self.start, self.stop - 1) - self.start
 
 
-# ---- test-time extensions: each sets one attribute; at the trained length nothing changes
+# ---- test-time extensions: set for each length; at the trained length nothing changes
 
 
 def interpolate(pos, length):
@@ -629,17 +648,17 @@ def ntk(pos, length):
     """Rotary with 10000 s^(D/(D-2)) for 10000, s = length / trained length (bloc97, r/LocalLLaMA 2023)."""
     s = max(1.0, length / pos.config.block_size)
     n = torch.arange(len(pos.w), device=pos.w.device)
-    pos.stretch = s ** (-n / (len(pos.w) - 1))
+    pos.stretch = s ** (-n / max(1, len(n) - 1))
 
 
 def yarn(pos, length):
-    """Rotary with w_n / s for pairs that make at most one turn in the trained length, w_n from 32 turns on.
+    """Rotary with w_n / s for pairs with at most one period in the trained length, w_n from 32 periods on.
 
     Between them it is linear in n, s = length / trained length; q and k times 0.1 ln s + 1 (Peng et al.
     2309.00071, as their code has it, without their fine-tuning)."""
     L, half = pos.config.block_size, len(pos.w)
     s = max(1.0, length / L)
-    # the pairs that make 32 turns and one
+    # n of the pairs with 32 periods and one
     many, one = (half * math.log(L / (2 * math.pi * r), 10000) for r in (32, 1))
     low = max(0, math.floor(many))
     high = max(low + 0.001, min(2 * half - 1, math.ceil(one)))

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import UserError, check, load, write_csv, write_whole
-from eval import number
 from model import GPT, POSITIONS, GPTConfig
 
 PRESETS = ("quick", "small", "paper")
-count, fraction, positive = number(int, 1), number(float, 0, 1), number(float, 0)
+number = evaluation.number
+count, fraction, not_negative = number(int, 1), number(float, 0, 1), number(float, 0)
 SETTINGS = {    # type, value in each preset, meaning; the paper trained with NAG, here it is AdamW
     "data": (str, "stdlib", "wikitext-103", "wikitext-103", "wikitext-103, wikitext-2, stdlib or a folder"),
     "block_size": (number(int, 2), 256, 512, 512, "the trained length, in tokens"),
@@ -38,14 +38,14 @@ SETTINGS = {    # type, value in each preset, meaning; the paper trained with NA
     "dropout": (fraction, 0.0, 0.1, 0.3, "of embeddings and residual branches"),
     "attn_dropout": (fraction, 0.0, 0.0, 0.1, "of attention weights"),
     "act_dropout": (fraction, 0.0, 0.0, 0.1, "of the MLP's activations"),
-    "learning_rate": (positive, 4e-3, 6e-4, 5e-4, "at its peak; a cosine takes it to a tenth"),
+    "learning_rate": (not_negative, 4e-3, 6e-4, 5e-4, "at its peak; a cosine takes it to a tenth"),
     "warmup_iters": (number(int, 0), 100, 1000, 16000, "steps to the peak"),
-    "weight_decay": (positive, 0.1, 0.1, 0.0, "of matrices"),
-    "grad_clip": (positive, 1.0, 1.0, 0.1, "the gradient's norm at most; 0 is off"),
+    "weight_decay": (not_negative, 0.1, 0.1, 0.0, "of matrices"),
+    "grad_clip": (not_negative, 1.0, 1.0, 0.1, "the gradient's norm at most; 0 is off"),
     "eval_interval": (count, 500, 1000, 2000, "steps from one evaluation and checkpoint to the next"),
     "out_dir": (str, "out/quick", "out/small", "out/paper", "has a folder for each run")}
 PAPERS_FOUR = ["sinusoidal", "rotary", "t5", "alibi"]
-# with the model and the text, what decides a run: --resume insists on it
+# --resume wants these unchanged, and the model, and the text
 RECIPE = ("seed", "batch_size", "grad_accum", "max_iters", "learning_rate", "warmup_iters", "weight_decay",
           "grad_clip", "dtype")
 
@@ -55,13 +55,15 @@ def get_args():
     formulas = [f"  {name:11} {POSITIONS[name].__doc__.splitlines()[0]}" for name in POSITIONS]
     parser = evaluation.make_parser(__doc__, "\n".join(["position encodings (--pos):", *formulas]))
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="quick", help="which of three values below counts (quick)")
+    add("--preset", choices=PRESETS, default="quick", help="which of the three defaults below (quick)")
     for flag, (kind, *values, meaning) in SETTINGS.items():
         text = f"{meaning} ({' | '.join(map(str, values))})"
         add(f"--{flag}", type=kind, metavar="X", default=argparse.SUPPRESS, help=text)
-    add("--pos", nargs="+", choices=POSITIONS, metavar="NAME", help="listed below (the paper's four | alibi)")
+    add("--pos", nargs="+", choices=POSITIONS, metavar="NAME",
+        help="listed below (quick: the paper's four; else alibi)")
     add("--tokenizer", choices=("word", "byte"), help="of the text (byte for stdlib, else word)")
-    add("--random_positions", type=number(int, 0), default=0, metavar="N", help="random, below N; 0 is off")
+    add("--random_positions", type=number(int, 0, 2 ** 16), default=0, metavar="N",
+        help="random, below N; 0 is off")
     add("--seed", type=number(int, 0, 2 ** 32), default=1337, help="of weights, batches, dropout (1337)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
@@ -101,8 +103,10 @@ def get_batch(tokens, args, n):
     blocks = tokens.unfold(0, args.block_size + 1, args.block_size)     # a view: (blocks, T + 1)
     rows = args.batch_size // args.processes
     first = n * args.batch_size + args.rank * rows
-    places = [divmod(k, len(blocks)) for k in range(first, first + rows)]
-    chosen = [order(len(blocks), args.seed, epoch)[place] for epoch, place in places]
+    chosen = []
+    for k in range(first, first + rows):
+        epoch, turn = divmod(k, len(blocks))
+        chosen.append(order(len(blocks), args.seed, epoch)[turn])
     ids = blocks[chosen].long()
     if args.device == "cuda":
         ids = ids.pin_memory()      # so that nothing waits for the copy
@@ -111,11 +115,12 @@ def get_batch(tokens, args, n):
 
 
 def resume(path, model, optimizer, recipe):
-    """Puts a checkpoint in place: its step and its log. Raises UserError where it is of another run."""
+    """Loads model and optimizer; returns the step and the log. Raises UserError where it is another run."""
     checkpoint, _ = evaluation.load_checkpoint(path)
     saved = checkpoint["config"] | checkpoint["recipe"]
     for flag, value in recipe.items():
-        check(saved[flag] == value, f"{path} was trained with {flag} {saved[flag]!s:.30}, not {value!s:.30}")
+        was = saved.get(flag)
+        check(was == value, f"{path} was trained with {flag} {was}, not {value}")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["step"], checkpoint["log"]
@@ -129,9 +134,9 @@ def train(path, config, corpus, args):
     recipe = {flag: vars(args)[flag] for flag in RECIPE}
     text = " ".join(corpus.words).encode() + corpus.train.numpy().tobytes()
     recipe["train_text"] = hashlib.sha256(text).hexdigest()
-    step, log = 0, []
+    start, log = 0, []
     if args.resume and path.exists():
-        step, log = resume(path, model, optimizer, vars(config) | recipe)
+        start, log = resume(path, model, optimizer, vars(config) | recipe)
     if args.overwrite:
         path.unlink(missing_ok=True)
     if args.compile:
@@ -143,9 +148,10 @@ def train(path, config, corpus, args):
     if args.rank == 0:
         print(f"{config.pos}: {parameters:,} parameters on {args.device} in {args.dtype}, "
               f"saved in {path.parent}")
-    last_eval, loss_sum, clock = step, 0.0, time.perf_counter()
-    no_bar = True if args.rank > 0 else None        # None: only where output is no terminal
-    bar = tqdm(range(step, args.max_iters), config.pos, args.max_iters, initial=step, disable=no_bar)
+    last_eval, loss_sum, clock = start, 0.0, time.perf_counter()
+    steps = range(start, args.max_iters)
+    no_bar = True if args.rank > 0 else None        # tqdm's None: a bar on terminals only
+    bar = tqdm(steps, config.pos, args.max_iters, initial=start, disable=no_bar)
     for step in bar:
         # all that is random in a step comes from here (2^32 steps a seed): a resumed run repeats it exactly
         torch.manual_seed((args.seed << 32) + step * args.processes + args.rank)
@@ -161,8 +167,8 @@ def train(path, config, corpus, args):
                 loss = parallel(x, y).mean() / args.grad_accum
             loss.backward()
             loss_sum += loss.detach()
-        max_norm = args.grad_clip if args.grad_clip else math.inf
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        if args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
@@ -213,7 +219,11 @@ def main():
 
     # what can be wrong is found before the first run
     check(args.batch_size % args.processes == 0, "--batch_size must be a multiple of the processes")
+    if args.rank > 0:
+        dist.barrier()      # process 0 downloads and tokenises, the others find its cache
     corpus = load(args.data, args.tokenizer, args.data_dir)
+    if args.rank == 0 and args.processes > 1:
+        dist.barrier()
     check(args.block_size < len(corpus.train), f"--block_size: train has {len(corpus.train)} tokens")
     longest = max(args.lengths or [args.block_size])
     check(longest < len(corpus.valid), f"--lengths: valid has {len(corpus.valid)} tokens, below {longest}")
@@ -228,17 +238,14 @@ def main():
         try:
             train(path, GPTConfig(**fields | {"pos": name}), corpus, args)
         except KeyboardInterrupt:
-            step = torch.load(path)["step"] if path.exists() else 0
-            raise UserError(f"stopped: --resume goes on from step {step} of {path}") from None
+            raise UserError(f"{path.parent} stopped: --resume goes on from its last evaluation") from None
     if args.processes > 1:
         dist.destroy_process_group()
     if args.rank == 0:
-        flags = [args.out_dir, "--csv", f"{args.out_dir}/extrapolation.csv", "--data_dir", args.data_dir,
-                 "--device", args.device, "--dtype", args.dtype,
-                 "--compile" if args.compile else "--no-compile"]
-        if args.lengths:
-            flags += ["--lengths", *map(str, args.lengths)]
-        left_out = evaluation.compare(evaluation.get_args(flags))
+        test = evaluation.get_args([args.out_dir, "--csv", f"{args.out_dir}/extrapolation.csv"])
+        for flag in ("data_dir", "device", "dtype", "compile", "lengths"):
+            setattr(test, flag, getattr(args, flag))
+        left_out = evaluation.compare(test)
         check(left_out.isdisjoint(paths.values()), "not all of these runs are in the table")
 
 
