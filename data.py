@@ -43,7 +43,7 @@ def check(condition, message):
 
 
 def write_whole(path, write):
-    """Calls write(file) on a file beside, which then takes the place of `path`: never a half-written one.
+    """Calls write(file) on a temporary file, which then replaces `path`: never a half-written one.
 
     A pipe, and what lies in /dev, /dev/stdout say, is written to as it is."""
     path = Path(path)
@@ -130,7 +130,7 @@ def find_files(name, splits, data_dir):
         return stdlib_files()
     folder = Path(data_dir, name) if name in SHA256 else Path(name)
     for pattern in ("wiki.{}.tokens", "{}.txt"):
-        files = {split: [folder / pattern.format(split)] for split in splits}
+        files = {split: [folder / pattern.format(split)] for split in splits}       # one path a split
         missing = [path.name for [path] in files.values() if not path.is_file()]
         if not missing:
             return files

@@ -30,23 +30,23 @@ from model import EXTENSIONS, GPT, GPTConfig, fits
 def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=16384):
     """(2, length): losses in nats summed and targets counted, by position in the window, over the whole text.
 
-    Uses no randomness; leaves the model in training mode."""
+    Uses no randomness; puts the model into training mode, whatever it was in."""
     device = next(model.parameters()).device
     stride = stride or length
-    last = len(tokens) - 1              # the last token's index, and the number of targets
-    starts = list(range(0, max(1, last - length + stride), stride))
+    targets = len(tokens) - 1           # also the last token's index
+    starts = list(range(0, max(1, targets - length + stride), stride))
     # the first window alone, since all of its targets count; of later ones the last `stride`
-    many = max(1, batch_tokens // length)
-    later = [starts[n:n + many] for n in range(1, len(starts), many)]
+    windows = max(1, batch_tokens // length)
+    later = [starts[n:n + windows] for n in range(1, len(starts), windows)]
     sums = torch.zeros(2, length, dtype=torch.float64)
     model.eval()
     for batch in tqdm([starts[:1], *later], f"{model.config.pos} at {length}", leave=False, disable=None):
         index = torch.tensor(batch)[:, None] + torch.arange(length + 1)             # (B, T + 1)
-        ids = tokens[index.clamp(max=last)].long().to(device)       # the last token fills a short window
+        ids = tokens[index.clamp(max=targets)].long().to(device)    # the last token fills a short window
         new = length if batch[0] == 0 else stride
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = model(ids[:, :-1], ids[:, -new:]).cpu().double()                 # (B, new)
-        count = index[:, -new:] <= last
+        count = index[:, -new:] <= targets
         sums[:, -new:] += torch.stack((loss * count, count)).sum(1)
     model.train()
     return sums
@@ -59,11 +59,12 @@ Run = namedtuple("Run", "path config recipe step data unit")        # what tells
 
 def find_checkpoints(paths):
     """Each is a checkpoint, or a folder with ckpt.pt in it or below, also behind links."""
-    found = []
+    found = {}
     for path in map(Path, paths):
         below = glob.glob(f"{glob.escape(str(path))}/**/ckpt.pt", recursive=True)
-        found += map(Path, sorted(below)) if below else [path]
-    return list({path.resolve(): path for path in found}.values())      # each once
+        for file in map(Path, sorted(below) or [path]):
+            found.setdefault(file.resolve(), file)      # each once
+    return list(found.values())
 
 
 def load_checkpoint(path, **changes):
@@ -109,9 +110,8 @@ def measure(run, model, tokens, extension, args):
         sums = torch.zeros(2, length)       # where the encoding has ended a loss is 0 / 0, shown as -
         if length <= model.pos.max_length:
             sums = evaluate(model, tokens, length, args.stride, args.dtype, args.batch_tokens)
-        doubled = [2 ** n for n in range((length - 1).bit_length())]
-        ends = doubled + [length] if args.by_position else [length]
-        for first, last in pairwise([0, *ends]):
+        doubled = [2 ** n for n in range((length - 1).bit_length())] if args.by_position else []
+        for first, last in pairwise([0, *doubled, length]):
             total, count = sums[:, first:last].sum(1)
             loss = total / count
             row = dict(
@@ -120,18 +120,20 @@ def measure(run, model, tokens, extension, args):
                 extend=extension, window=config.window, logn=int(config.logn),
                 random_positions=config.random_positions, seed=run.recipe["seed"],
                 checkpoint=str(run.path), data=run.data)        # the CSV's columns
-            yield row | dict(first=first + 1, last=last) if args.by_position else row
+            if args.by_position:
+                row |= dict(first=first + 1, last=last)
+            yield row
 
 
 def pick_lengths(args, block_size, tokens):
     """--lengths, or those that the text has room for. Raises UserError where one cannot be measured."""
     doubled = [block_size * 2 ** n for n in range(5)]
     fit = [length for length in doubled if length < len(tokens)]
-    lengths = args.lengths or fit or doubled[:1]
-    shortest, longest = min(lengths), max(lengths)
+    lengths = sorted(set(args.lengths or fit or doubled[:1]))
+    shortest, longest = lengths[0], lengths[-1]
     check(longest < len(tokens), f"{args.split} has {len(tokens)} tokens, too few for a length of {longest}")
     check((args.stride or 1) <= shortest, f"--stride {args.stride} is above {shortest}, one of --lengths")
-    return sorted(set(lengths))
+    return lengths
 
 
 # ---- results: {(label, trained length): {length: [perplexity of each seed]}} ----------------------
@@ -153,10 +155,9 @@ def group(measured):
         if identity not in labels and (label, trained) in labels.values():
             label += f" in {run.path}"
         label, trained = labels.setdefault(identity, (label, trained))
-        column = row["length"]
+        column = row.get("last", row["length"])
         if "last" in row:
             label += f" at {row['length']}"
-            column = row["last"]
         results.setdefault((label, trained), {}).setdefault(column, []).append(row["ppl"])
     return results
 
@@ -227,8 +228,7 @@ def new_figure(path):
 def plot(figure, path, results, title, by):
     """Like the paper's Figure 1: perplexity against length, one std over seeds, dashed the trained length."""
     axes = figure.add_subplot(title=title, xlabel=by, ylabel="perplexity")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+    axes.loglog(base=2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
     for (label, trained), by_length in results.items():
@@ -257,17 +257,17 @@ def number(kind, least, below=math.inf):
 
 def make_parser(doc, epilog=None):
     """A parser with the flags that both programs have."""
-    raw, optional = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
+    raw, on_off = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--data_dir", default="data", metavar="DIR", help="downloads and caches (data)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to run on (the best)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(bfloat16 on cuda)")
-    add("--compile", action=optional, help="with torch.compile, Triton (on cuda)")
+    add("--compile", action=on_off, help="with torch.compile, Triton (on cuda)")
     add("--lengths", type=number(int, 1), nargs="+", metavar="N",
         help="to test at (1 to 16 times the trained one)")
     add("--window", type=number(int, 0), metavar="N", help="keys a query sees; 0: all, or rnope's own")
-    add("--logn", action=optional, help="queries times max(1, ln(place + 1) / ln(trained length))")
+    add("--logn", action=on_off, help="queries times max(1, ln(place + 1) / ln(trained length))")
     return parser
 
 
@@ -291,7 +291,8 @@ def pick_device(args):
     found = torch.accelerator.current_accelerator(check_available=True)
     best = found.type if found else "cpu"
     check(args.device in ("auto", "cpu", best), f"--device {args.device}: torch finds only {best} here")
-    args.device = best if args.device == "auto" else args.device
+    if args.device == "auto":
+        args.device = best
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.compile is None:
@@ -303,7 +304,7 @@ def compare(args):
     pick_device(args)
     figure = new_figure(args.plot) if args.plot else None       # what it lacks is told before the measuring
     paths = find_checkpoints(args.checkpoints)
-    measured, done = [], set()
+    measured, left_out = [], set(paths)
     for path in paths:
         try:
             for extension in dict.fromkeys(["", *args.extend]):
@@ -315,13 +316,12 @@ def compare(args):
                     model.compile_parts()
                 for row in measure(run, model, tokens, extension, args):
                     measured.append((run, row))
-            done.add(path)
+            left_out.remove(path)
         except (UserError, OSError, RuntimeError) as error:
             print(f"left out: {path}: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print(f"stopped at {path}", file=sys.stderr)
             break
-    left_out = set(paths) - done
     for extension in set(args.extend) - {row["extend"] for _, row in measured}:
         print(f"--extend {extension} fits none of the checkpoints", file=sys.stderr)
     if not measured:
@@ -345,16 +345,16 @@ def main():
     check(not left_out, f"{len(left_out)} of the checkpoints could not be measured at every length")
 
 
-def run(main):
-    """Calls main; what a user can put right ends in one line on standard error and exit code 1."""
+def guarded(program):
+    """Calls it; what a user can put right ends in one line on standard error and exit code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):        # a notebook's is none, nor is a closed one
         # where it goes into a file, too, each line is there at once
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        main()
+        program()
     except (UserError, OSError, ImportError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 if __name__ == "__main__":
-    run(main)
+    guarded(main)

@@ -6,7 +6,8 @@
 
 Shapes: B sequences, T tokens, C width (n_embd), H heads, D = C / H, V vocabulary.
 A token's place is its index from 0. Its position is what the encoding is told of it, i for queries and j for
-keys: a float32 number, evenly spaced or random.
+keys: a float32 number, evenly spaced or random. config.pos is an encoding's name, model.pos the module; what
+a layer has of it is called `encoding`.
 
 To add an encoding: a subclass of Position, an entry in POSITIONS, its plain formula in test_model.py.
 """
@@ -41,7 +42,9 @@ class GPTConfig:
 
 
 class Position(nn.Module):
-    """No position at all but the causal mask ("NoPE", Haviv et al. 2203.16634)."""
+    """No position at all but the causal mask ("NoPE", Haviv et al. 2203.16634).
+
+    It is the base of all others, which override what they change."""
     relative = True             # the bias depends on i - j alone
     max_length = math.inf       # the longest text, in tokens
     spacing = 1.0               # from one position to the next
@@ -63,8 +66,7 @@ class Position(nn.Module):
         """(T,): evenly spaced, or sorted random ones (Ruoss et al. 2305.16843)."""
         N = self.config.random_positions
         if self.at_random():
-            drawn = torch.randperm(N)[:T]
-            return drawn.sort().values.float().to(device)
+            return torch.randperm(N)[:T].sort().values.float().to(device)
         return torch.arange(T, device=device) * (N / T if N else self.spacing)
 
     def embed(self, x, i):
@@ -76,7 +78,7 @@ class Position(nn.Module):
         return None
 
     def rotate(self, q, k, turns, x):
-        """Turns queries and keys (B, H, T, D), which may become wider, by turns(i).
+        """Changes queries and keys (B, H, T, D): turns them by turns(i), or appends coordinates.
 
         x is the layer's normed input (B, T, C), for encodings that look at the text."""
         return q, k
@@ -96,6 +98,7 @@ class Learned(Position):
 
     @property
     def max_length(self):
+        """Where the vectors end; interpolate and hierarchical move it."""
         return math.inf if self.config.random_positions else round(len(self.vectors) / self.spacing)
 
     def embed(self, x, i):
@@ -152,7 +155,7 @@ class XPos(Rotary):
     def turns(self, i):
         n = torch.arange(len(self.w), device=i.device)
         z = (n / len(n) + 0.4) / 1.4
-        centred = i - i.mean()      # so that the powers stay small
+        centred = i - (i[0] + i[-1]) / 2        # so that the powers stay small
         return *super().turns(i), z ** (centred[:, None] / 512)
 
     def rotate(self, q, k, turns, x):
@@ -185,13 +188,14 @@ class T5(Position):
         distance = i - j
         octaves = torch.log2(distance.clamp(min=16) / 16)       # 3 from 16 to 128
         far = (16 + 16 * octaves / 3).clamp(max=31)
-        bucket = torch.where(distance < 16, distance, far).long()           # (rows, keys)
+        bucket = torch.minimum(distance, far).long()                        # (rows, keys)
         D = self.config.n_embd / self.config.n_head
         return math.sqrt(D) * self.t[bucket].movedim(-1, 0)
 
 
 def slopes(H):
-    """2^(-8h/H), h from 1, for H a power of 2; else those of n, the power below, and every other of 2n."""
+    """m_h = 2^(-8h/H), h from 1, for H a power of 2; else slopes(n), n the power below, then every other of
+    slopes(2n)."""
     n = 2 ** int(math.log2(H))
     if n == H:
         return [2 ** (-8 * h / H) for h in range(1, H + 1)]
@@ -250,9 +254,9 @@ class FIRE(Position):
     def bias(self, i, j):
         c = self.c.abs()
         threshold = self.config.block_size / 4 * self.l.abs()
-        whole = torch.log1p(c * torch.maximum(threshold, i)) + 1e-6
-        share = torch.log1p(c * (i - j)) / whole
-        return self.mlp(share[..., None]).movedim(-1, 0)
+        norm = torch.log1p(c * torch.maximum(threshold, i)) + 1e-6
+        progress = torch.log1p(c * (i - j)) / norm
+        return self.mlp(progress[..., None]).movedim(-1, 0)
 
 
 class RNoPE(Rotary):
@@ -290,8 +294,7 @@ class FoX(Position):
         self.gates = nn.ModuleList(ForgetGate(config) for _ in range(config.n_layer))
 
     def layer(self, n):
-        _, window, logn = super().layer(n)
-        return self.gates[n], window, logn
+        return self.gates[n].layer(n)
 
 
 class ForgetGate(Position):
@@ -304,7 +307,7 @@ class ForgetGate(Position):
         nn.init.zeros_(self.f.bias)
 
     def rotate(self, q, k, turns, x):
-        """Eight coordinates more: 1 in queries, in keys -c_j sqrt(D) as a sum of three, the rest 0.
+        """Eight coordinates more: 1 in queries; in keys -c_j sqrt(D) as a sum of three, then 0.
 
         In bfloat16, too, the three add up to the float32 number. Kernels like multiples of eight."""
         log_f = F.logsigmoid(self.f(x).float())                             # (B, T, H)
@@ -313,9 +316,8 @@ class ForgetGate(Position):
         for _ in range(3):
             parts.append(rest.to(q.dtype))
             rest = rest - parts[-1]
-        q = F.pad(q, (0, 3), value=1.0)
         k = torch.cat((k, torch.stack(parts, -1)), -1)
-        return F.pad(q, (0, 5)), F.pad(k, (0, 5))
+        return F.pad(q, (0, 8), value=1.0), F.pad(k, (0, 5))
 
 
 POSITIONS = {"none": Position, "learned": Learned, "sinusoidal": Sinusoidal, "rotary": Rotary, "xpos": XPos,
@@ -333,9 +335,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.flex = False           # whether attention on CUDA goes through FlexAttention
-        vocabulary = AdaptiveVocabulary if config.vocab_size > 20000 else Vocabulary
+        vocabulary = AdaptiveVocabulary if config.vocab_size > 20000 else Vocabulary    # its first cutoff
         self.wte = vocabulary(config.vocab_size, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
         for name, weight in self.blocks.named_parameters():
@@ -348,19 +350,18 @@ class GPT(nn.Module):
         """Final hidden states: (B, T) -> (B, T, C)."""
         T = idx.shape[1]
         i = self.pos.positions(T, idx.device)
-        x = self.drop(self.pos.embed(self.wte(idx), i))
+        x = self.dropout(self.pos.embed(self.wte(idx), i))
         # FlexAttention has no dropout
         flex = self.flex and x.is_cuda and not (self.training and self.config.attn_dropout)
-        turns, masks = {}, {}           # layers with the same encoding share them
+        shared = {}         # by layers with the same encoding: its turns and its mask
         for n, block in enumerate(self.blocks):
             encoding, window, logn = self.pos.layer(n)
             window = min(window, T)
-            if encoding not in masks:
+            if encoding not in shared:
                 # in float32: bfloat16 cannot tell distances beyond 256 apart
                 with torch.autocast(i.device.type, enabled=False):
-                    turns[encoding] = encoding.turns(i)
-                    masks[encoding] = make_mask(encoding, window, i, flex)
-            x = block(x, encoding, window, logn, turns[encoding], masks[encoding])
+                    shared[encoding] = encoding.turns(i), make_mask(encoding, window, i, flex)
+            x = block(x, encoding, window, logn, *shared[encoding])
         return self.ln_f(x)
 
     def forward(self, idx, targets):
@@ -374,7 +375,7 @@ class GPT(nn.Module):
         return torch.cat(losses).view(-1, S)
 
     def log_probs(self, idx):
-        """Log-probabilities of each next token, of all words: (B, T) -> (B, T, V)."""
+        """log p of every token as the next one, at each place: (B, T) -> (B, T, V)."""
         return self.wte.log_probs(self.trunk(idx))
 
     def parameter_groups(self, weight_decay):
@@ -390,7 +391,7 @@ class GPT(nn.Module):
         torch._dynamo.config.recompile_limit = 64       # graphs of one function, for its shapes and layers
         for part in (self.wte, *self.blocks):
             part.compile()
-        self.wte.token_loss = torch.compile(token_loss)
+        self.wte.token_loss = torch.compile(self.wte.token_loss)
         self.flex = True
 
 
@@ -418,8 +419,8 @@ class Block(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))      # (B, H, T, D)
         if logn:        # before the encoding, whose own coordinates are not scaled
             n = torch.arange(1, T + 1, device=x.device)[:, None]
-            growth = n.log() / math.log(self.config.block_size)
-            q = (q * growth.clamp(min=1)).to(q.dtype)
+            scale = n.log() / math.log(self.config.block_size)
+            q = (q * scale.clamp(min=1)).to(q.dtype)
         q, k = encoding.rotate(q, k, turns, normed)
         dropout = self.config.attn_dropout if self.training else 0.0
         y = attend(q, k, v, mask, window, dropout)
@@ -433,7 +434,9 @@ class Block(nn.Module):
 
 
 def attention(q, k, v, encoding, window, i):
-    """softmax(q k' / sqrt(D) + bias) v, D of v: (B, H, T, D) three times, positions (T,) -> (B, H, T, D)."""
+    """softmax(q k' / sqrt(D) + bias) v: (B, H, T, D) three times, positions (T,) -> (B, H, T, D).
+
+    Queries and keys may be wider than values; D is the width of values."""
     place = torch.arange(len(i), device=i.device)
     scores = q @ k.mT / math.sqrt(v.shape[-1])
     return torch.softmax(scores + sight(encoding, window, i, place, place), -1) @ v
@@ -458,19 +461,20 @@ FLEX_OPTIONS = {"fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 2, "bwd
 
 
 def make_mask(encoding, window, i, flex):
-    """What sight() gives for all queries, the last query first: (H, T, T), and a BlockMask for FlexAttention.
+    """What sight() gives for all queries, the last one first: (H, T, T), and a BlockMask for FlexAttention.
 
-    Either is None where there is none. At evenly spaced positions a relative bias looks the same from every
-    query, so that all rows are pieces of one line, in which the next row begins one further on:
+    Without FlexAttention the BlockMask is None; where it is the causal mask alone, both are. At evenly spaced
+    positions a relative bias looks the same from every query. So all rows are pieces of one line, and from the
+    last query to the first each starts one further on:
 
         line = the bias at distance T - 1, ..., 1, 0, then T - 1 times -inf         # (H, 2T - 1)
         row of query i = line[T - 1 - i : 2T - 1 - i]
 
-    Such a mask is a view of it, without memory of its own. Others take T^2, also short and trained ones in
-    FlexAttention."""
+    Such a mask is a view of it, without memory of its own. Others take T^2 numbers, as do the copies that
+    FlexAttention gets of short and of trained ones."""
     T = len(i)
     first = i[:1, None]
-    if encoding.bias(first, first) is None and window >= T:     # the causal mask alone
+    if encoding.bias(first, first) is None and window >= T:
         return None, None
     place = torch.arange(T, device=i.device)
     last_to_first = place.flip(0)
@@ -485,7 +489,7 @@ def make_mask(encoding, window, i, flex):
             mask = mask.contiguous()
         return mask, causal_blocks(T, window, i.device)
     rows = []
-    for queries in last_to_first.split(128):
+    for queries in last_to_first.split(128):        # FIRE needs 32 times the memory on its way
         end = T - 128 * len(rows)       # of the keys that any of these queries sees
         seen = sight(encoding, window, i, queries, place[:end])
         rows.append(F.pad(seen, (0, T - end), value=-math.inf))
@@ -501,46 +505,44 @@ def causal_blocks(T, window, device):
 
 
 def attend(q, k, v, mask, window, dropout):
-    """attention() by torch's kernels: (B, H, T, D) three times, what make_mask gave -> (B, H, T, D).
-
-    Where queries and keys are wider than values, D is the values' width."""
+    """attention() by torch's kernels: (B, H, T, D) three times, what make_mask gave -> (B, H, T, D)."""
     D = v.shape[-1]
     scale = D ** -0.5
     wider = q.shape[-1] > D
     if wider:
         v = F.pad(v, (0, q.shape[-1] - D))
-    bias, blocks = mask
+    rows, blocks = mask
     kernel = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scale)
-    if bias is None:
+    if rows is None:
         y = kernel(q, k, v, is_causal=True)
     elif blocks is not None:
-        y = by_flex(q, k, v, bias, blocks, scale)
+        y = by_flex(q, k, v, rows, blocks, scale)
     elif q.is_cuda:
-        bias = bias.to(q.dtype).contiguous()        # a kernel may not read a view whose rows overlap
-        y = kernel(q.flip(2), k, v, bias[None]).flip(2)
+        rows = rows.to(q.dtype).contiguous()        # a kernel may not read a view whose rows overlap
+        y = kernel(q.flip(2), k, v, rows[None]).flip(2)
     else:
-        y = in_slices(q, k, v, bias.to(q.dtype), window, kernel)
+        y = in_slices(q, k, v, rows, window, kernel)
     return y[..., :D] if wider else y
 
 
-def by_flex(q, k, v, bias, blocks, scale):
-    """FlexAttention: one kernel that adds the bias and leaves out tiles without keys in sight."""
+def by_flex(q, k, v, rows, blocks, scale):
+    """FlexAttention: one kernel that adds the rows and leaves out tiles without keys in sight."""
     T = q.shape[2]
 
     def score_mod(score, b, h, query, key):
-        return score + bias[h, T - 1 - query, key]
+        return score + rows[h, T - 1 - query, key]
     return flex_attention(q, k, v, score_mod, blocks, scale, kernel_options=FLEX_OPTIONS)
 
 
-def in_slices(q, k, v, bias, window, kernel):
+def in_slices(q, k, v, rows, window, kernel):
     """128 queries at a time, the last first, without the keys that none of them sees."""
     y = []
     end = q.shape[2]
-    for queries, rows in zip(q.flip(2).split(128, 2), bias.split(128, 1)):
+    for queries, part in zip(q.flip(2).split(128, 2), rows.split(128, 1)):
         start = end - queries.shape[2]
         seen = slice(max(0, start - window + 1), end)
-        rows = rows[None, ..., seen]
-        y.append(kernel(queries, k[:, :, seen], v[:, :, seen], rows))
+        part = part[None, ..., seen].to(q.dtype)
+        y.append(kernel(queries, k[:, :, seen], v[:, :, seen], part))
         end = start
     return torch.cat(y, 2).flip(2)
 
@@ -554,7 +556,6 @@ class Vocabulary(nn.Module):
     def __init__(self, V, C):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(V, C) * 0.02)
-        self.token_loss = token_loss        # compile_parts replaces it
 
     def forward(self, idx):
         """Embeddings: (B, T) -> (B, T, C)."""
@@ -568,13 +569,14 @@ class Vocabulary(nn.Module):
         """log p of every token: (..., C) -> (..., V)."""
         return F.linear(x, self.weight).log_softmax(-1)
 
-
-def token_loss(x, weight, targets):
-    """-log p of each target in nats, over the rows of the output matrix: (N, C), (V, C), (N,) -> (N,)."""
-    V = len(weight)
-    if x.is_cuda:
-        weight = F.pad(weight, (0, 0, 0, -V % 64))      # GPUs like matrix products in multiples of 64
-    return F.cross_entropy(F.linear(x, weight)[:, :V], targets, reduction="none")
+    @staticmethod
+    def token_loss(x, weight, targets):
+        """-log p of each target among the rows of a matrix: (N, C), (rows, C), (N,) -> (N,)."""
+        V = len(weight)
+        if x.is_cuda:
+            weight = F.pad(weight, (0, 0, 0, -V % 64))      # GPUs like matrix products in multiples of 64
+        logits = F.linear(x, weight)[:, :V]
+        return F.cross_entropy(logits, targets, reduction="none")
 
 
 class AdaptiveVocabulary(Vocabulary):
@@ -658,10 +660,9 @@ def yarn(pos, length):
     2309.00071, as their code has it, without their fine-tuning)."""
     L, half = pos.config.block_size, len(pos.w)
     s = max(1.0, length / L)
-    # n of the pairs with 32 periods and one
-    many, one = (half * math.log(L / (2 * math.pi * r), 10000) for r in (32, 1))
-    low = max(0, math.floor(many))
-    high = max(low + 0.001, min(2 * half - 1, math.ceil(one)))
+    n_32, n_1 = (half * math.log(L / (2 * math.pi * periods), 10000) for periods in (32, 1))
+    low = max(0, math.floor(n_32))
+    high = max(low + 0.001, min(2 * half - 1, math.ceil(n_1)))
     n = torch.arange(half, device=pos.w.device)
     ramp = ((n - low) / (high - low)).clamp(0, 1)
     pos.stretch = 1 + ramp * (1 / s - 1)
@@ -676,7 +677,7 @@ def hierarchical(pos, length):
     place = torch.arange(max(n, min(n * n, length)), device=pos.vectors.device)
     p = pos.vectors.data[:n]
     moved = p[place // n] - p[0]
-    pos.vectors = nn.Parameter(p[place % n] + 0.4 / 0.6 * moved)
+    pos.vectors.data = p[place % n] + 0.4 / 0.6 * moved
 
 
 EXTENSIONS = {"interpolate": (interpolate, ("learned", "sinusoidal", "rotary", "hope", "alibi")),

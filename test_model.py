@@ -424,7 +424,7 @@ def call(command):
     program, *flags = command.split()
     argv, out, err = [f"{program}.py", *BASE[program].split(), *flags], io.StringIO(), io.StringIO()
     with mock.patch.multiple(sys, argv=argv, stdout=out, stderr=err), pytest.raises(SystemExit) as stop:
-        sys.exit(evaluation.run({"train": train, "eval": evaluation}[program].main))
+        sys.exit(evaluation.guarded({"train": train, "eval": evaluation}[program].main))
     return stop.value.code, out.getvalue(), f"{err.getvalue()}{stop.value.code}"
 
 

@@ -114,11 +114,11 @@ def get_batch(tokens, args, n):
     return ids[:, :-1], ids[:, 1:]
 
 
-def resume(path, model, optimizer, recipe):
+def resume(path, model, optimizer, wanted):
     """Loads model and optimizer; returns the step and the log. Raises UserError where it is another run."""
     checkpoint, _ = evaluation.load_checkpoint(path)
     saved = checkpoint["config"] | checkpoint["recipe"]
-    for flag, value in recipe.items():
+    for flag, value in wanted.items():
         was = saved.get(flag)
         check(was == value, f"{path} was trained with {flag} {was}, not {value}")
     model.load_state_dict(checkpoint["model"])
@@ -132,8 +132,8 @@ def train(path, config, corpus, args):
     model = GPT(config).to(args.device)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
     recipe = {flag: vars(args)[flag] for flag in RECIPE}
-    text = " ".join(corpus.words).encode() + corpus.train.numpy().tobytes()
-    recipe["train_text"] = hashlib.sha256(text).hexdigest()
+    content = " ".join(corpus.words).encode() + corpus.train.numpy().tobytes()
+    recipe["train_text"] = hashlib.sha256(content).hexdigest()
     start, log = 0, []
     if args.resume and path.exists():
         start, log = resume(path, model, optimizer, vars(config) | recipe)
@@ -162,7 +162,7 @@ def train(path, config, corpus, args):
         # forward and backward; the gradients of micro-batches add up
         for micro in range(args.grad_accum):
             x, y = get_batch(corpus.train, args, step * args.grad_accum + micro)
-            parallel.require_backward_grad_sync = micro == args.grad_accum - 1      # DDP averages there
+            parallel.require_backward_grad_sync = micro == args.grad_accum - 1      # DDP averages then
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 loss = parallel(x, y).mean() / args.grad_accum
             loss.backward()
@@ -179,8 +179,8 @@ def train(path, config, corpus, args):
 
         # the mean loss, of this process, and the speed since the last evaluation
         train_loss = loss_sum.item() / (done - last_eval)
-        trained = (done - last_eval) * args.grad_accum * args.batch_size * args.block_size
-        speed = trained / (time.perf_counter() - clock)
+        tokens = (done - last_eval) * args.grad_accum * args.batch_size * args.block_size
+        speed = tokens / (time.perf_counter() - clock)
         last_eval, loss_sum = done, 0.0
         if args.rank > 0:
             continue
@@ -242,12 +242,12 @@ def main():
     if args.processes > 1:
         dist.destroy_process_group()
     if args.rank == 0:
-        test = evaluation.get_args([args.out_dir, "--csv", f"{args.out_dir}/extrapolation.csv"])
+        closing = evaluation.get_args([args.out_dir, "--csv", f"{args.out_dir}/extrapolation.csv"])
         for flag in ("data_dir", "device", "dtype", "compile", "lengths"):
-            setattr(test, flag, getattr(args, flag))
-        left_out = evaluation.compare(test)
+            setattr(closing, flag, getattr(args, flag))
+        left_out = evaluation.compare(closing)
         check(left_out.isdisjoint(paths.values()), "not all of these runs are in the table")
 
 
 if __name__ == "__main__":
-    evaluation.run(main)
+    evaluation.guarded(main)
