@@ -58,10 +58,11 @@ Run = namedtuple("Run", "path config recipe step data unit")        # what tells
 
 
 def find_checkpoints(paths):
-    """Each is a checkpoint, or a folder with ckpt.pt in it or below, also behind links."""
+    """Each is a checkpoint, or a folder with ckpt.pt in it or below, also behind links. Raises UserError."""
     found = {}
     for path in map(Path, paths):
         below = glob.glob(f"{glob.escape(str(path))}/**/ckpt.pt", recursive=True)
+        check(below or not path.is_dir(), f"no ckpt.pt in {path} or below")
         for file in map(Path, sorted(below) or [path]):
             found.setdefault(file.resolve(), file)      # each once
     return list(found.values())
@@ -201,7 +202,7 @@ def print_table(results, heading, verdicts):
     lengths = sorted({length for by_length in results.values() for length in by_length})
     lines = [["encoding", "trained", *map(str, lengths), ""]]
     for (label, trained), by_length in results.items():
-        cells = [cell(by_length.get(length, [math.nan])) for length in lengths]
+        cells = [cell(by_length[length]) if length in by_length else "" for length in lengths]
         end = verdict(trained, by_length) if verdicts else ""
         lines.append([label, str(trained), *cells, end])
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -249,7 +250,8 @@ def number(kind, least, below=math.inf):
     def read(text):
         value = kind(text)
         if not least <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {least} and below {below}")
+            limit = f" and below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}{limit}")
         return value
     read.__name__ = kind.__name__       # argparse names it where kind(text) fails
     return read
@@ -322,11 +324,12 @@ def compare(args):
         except KeyboardInterrupt:
             print(f"stopped at {path}", file=sys.stderr)
             break
-    for extension in set(args.extend) - {row["extend"] for _, row in measured}:
-        print(f"--extend {extension} fits none of the checkpoints", file=sys.stderr)
     if not measured:
         return left_out
 
+    for extension in args.extend:
+        if all(row["extend"] != extension for _, row in measured):
+            print(f"--extend {extension} fits none of the checkpoints", file=sys.stderr)
     unit = " or ".join(sorted({run.unit for run, _ in measured}))
     how = f"sliding by {args.stride}" if args.stride else "non-overlapping"
     by = "position in the window, up to" if args.by_position else "length in tokens"

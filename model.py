@@ -464,8 +464,8 @@ def make_mask(encoding, window, i, flex):
     """What sight() gives for all queries, the last one first: (H, T, T), and a BlockMask for FlexAttention.
 
     Without FlexAttention the BlockMask is None; where it is the causal mask alone, both are. At evenly spaced
-    positions a relative bias looks the same from every query. So all rows are pieces of one line, and from the
-    last query to the first each starts one further on:
+    positions a relative bias looks the same from every query. So all rows are pieces of one line, and from
+    the last query to the first each starts one further on:
 
         line = the bias at distance T - 1, ..., 1, 0, then T - 1 times -inf         # (H, 2T - 1)
         row of query i = line[T - 1 - i : 2T - 1 - i]

@@ -252,7 +252,7 @@ def test_compiled_with_flex_attention(pos, monkeypatch):
     same_losses(loss_of(model, tokens(T + 1)), model, slices, model)
 
 
-@parametrize("pos", [pos for pos in POSITIONS if pos != "fire"])        # which may take T^2
+@parametrize("pos", [pos for pos in POSITIONS if POSITIONS[pos].relative])      # others take T^2
 def test_memory_grows_with_the_length_alone(pos):
     """A (H, T, T) array in float32 would take 288 MB here, at once."""
     model = tiny_model(pos, n_layer=1, block_size=6000)
@@ -872,7 +872,7 @@ def test_help():
 @cases("command, phrase", """
 train new --data wikitext | no corpus wikitext
 train new --data latin | valid.txt is not UTF-8
-train new --data short | --block_size
+train new --data short | train has 3 tokens
 train new --lengths 8 151 | 151 tokens
 train new --n_embd 15 | --n_embd
 train new --device cuda | --device cuda
@@ -888,7 +888,7 @@ train out --pos alibi --resume --seed 7 | seed 1337, not 7
 train out --pos alibi --resume --data other | train_text
 train broken --pos alibi --resume | no checkpoint of
 train out --pos alibi --resume --overwrite | not allowed with
-train out --pos alibi --overwrite --lengths 999 | --lengths
+train out --pos alibi --overwrite --lengths 999 | valid has 151
 eval broken | no checkpoint of
 eval out/alibi --lengths 16 8 --stride 9 | --stride
 eval out/alibi --stride 0 | --stride

@@ -63,7 +63,7 @@ def get_args():
         help="listed below (quick: the paper's four; else alibi)")
     add("--tokenizer", choices=("word", "byte"), help="of the text (byte for stdlib, else word)")
     add("--random_positions", type=number(int, 0, 2 ** 16), default=0, metavar="N",
-        help="random, below N; 0 is off")
+        help="random, below N, which is at least block_size; 0 is off")
     add("--seed", type=number(int, 0, 2 ** 32), default=1337, help="of weights, batches, dropout (1337)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
@@ -114,31 +114,29 @@ def get_batch(tokens, args, n):
     return ids[:, :-1], ids[:, 1:]
 
 
-def resume(path, model, optimizer, wanted):
-    """Loads model and optimizer; returns the step and the log. Raises UserError where it is another run."""
+def check_same(path, wanted):
+    """Raises UserError where the checkpoint at `path` is of a run with another config or recipe."""
     checkpoint, _ = evaluation.load_checkpoint(path)
     saved = checkpoint["config"] | checkpoint["recipe"]
     for flag, value in wanted.items():
         was = saved.get(flag)
         check(was == value, f"{path} was trained with {flag} {was}, not {value}")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["step"], checkpoint["log"]
 
 
-def train(path, config, corpus, args):
+def train(path, config, recipe, corpus, args):
     """One run, saved at `path` with log.csv beside it."""
     torch.manual_seed(args.seed)
     model = GPT(config).to(args.device)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
-    recipe = {flag: vars(args)[flag] for flag in RECIPE}
-    content = " ".join(corpus.words).encode() + corpus.train.numpy().tobytes()
-    recipe["train_text"] = hashlib.sha256(content).hexdigest()
     start, log = 0, []
     if args.resume and path.exists():
-        start, log = resume(path, model, optimizer, vars(config) | recipe)
+        checkpoint, _ = evaluation.load_checkpoint(path)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, log = checkpoint["step"], checkpoint["log"]
     if args.overwrite:
         path.unlink(missing_ok=True)
+        path.with_name("log.csv").unlink(missing_ok=True)
     if args.compile:
         model.compile_parts()
     parallel = DistributedDataParallel(model) if args.processes > 1 else model
@@ -224,19 +222,25 @@ def main():
     corpus = load(args.data, args.tokenizer, args.data_dir)
     if args.rank == 0 and args.processes > 1:
         dist.barrier()
-    check(args.block_size < len(corpus.train), f"--block_size: train has {len(corpus.train)} tokens")
     longest = max(args.lengths or [args.block_size])
-    check(longest < len(corpus.valid), f"--lengths: valid has {len(corpus.valid)} tokens, below {longest}")
-    paths = {name: Path(args.out_dir, name, "ckpt.pt") for name in args.pos}
-    for path in paths.values():
+    for split, length in (("train", args.block_size), ("valid", longest)):
+        size = len(getattr(corpus, split))
+        check(length < size, f"{split} has {size} tokens, too few for a length of {length}")
+    recipe = {flag: vars(args)[flag] for flag in RECIPE}
+    content = " ".join(corpus.words).encode() + corpus.train.numpy().tobytes()
+    recipe["train_text"] = hashlib.sha256(content).hexdigest()
+    fields = {field: value for field, value in vars(args).items() if field in GPTConfig.__dataclass_fields__}
+    fields["vocab_size"] = len(corpus.words) if corpus.words else 256
+    configs = {Path(args.out_dir, name, "ckpt.pt"): GPTConfig(**fields | {"pos": name}) for name in args.pos}
+    for path, config in configs.items():
+        if args.resume and path.exists():
+            check_same(path, vars(config) | recipe)
         free = args.resume or args.overwrite or not path.exists()
         check(free, f"{path} is there: --resume goes on, --overwrite starts anew")
 
-    fields = {field: value for field, value in vars(args).items() if field in GPTConfig.__dataclass_fields__}
-    fields["vocab_size"] = len(corpus.words) if corpus.words else 256
-    for name, path in paths.items():
+    for path, config in configs.items():
         try:
-            train(path, GPTConfig(**fields | {"pos": name}), corpus, args)
+            train(path, config, recipe, corpus, args)
         except KeyboardInterrupt:
             raise UserError(f"{path.parent} stopped: --resume goes on from its last evaluation") from None
     if args.processes > 1:
@@ -246,7 +250,7 @@ def main():
         for flag in ("data_dir", "device", "dtype", "compile", "lengths"):
             setattr(closing, flag, getattr(args, flag))
         left_out = evaluation.compare(closing)
-        check(left_out.isdisjoint(paths.values()), "not all of these runs are in the table")
+        check(left_out.isdisjoint(configs), "not all of these runs are in the table")
 
 
 if __name__ == "__main__":
