@@ -189,12 +189,7 @@ def cell(ppl):
     if math.isnan(mean):
         return "-"
     text = f"{mean:.2f}" if mean < 1e6 else f"{mean:.1e}"
-    return f"{text} ± {spread(ppl):.2f}" if len(ppl) > 1 else text
-
-
-def spread(ppl):
-    """The standard deviation over seeds, 0 of one."""
-    return np.std(ppl, ddof=1) if len(ppl) > 1 else 0.0
+    return f"{text} ± {np.std(ppl, ddof=1):.2f}" if len(ppl) > 1 else text
 
 
 def print_table(results, heading, verdicts):
@@ -234,7 +229,7 @@ def plot(figure, path, results, title, by):
         axis.set_major_formatter("{x:g}")
     for (label, trained), by_length in results.items():
         means = [np.mean(ppl) for ppl in by_length.values()]
-        stds = [spread(ppl) for ppl in by_length.values()]
+        stds = [np.std(ppl, ddof=min(1, len(ppl) - 1)) for ppl in by_length.values()]
         axes.errorbar([*by_length], means, stds, label=label, marker="o", capsize=3)
         axes.axvline(trained, color="grey", linestyle="--", linewidth=1)
     axes.legend()
@@ -263,9 +258,9 @@ def make_parser(doc, epilog=None):
     parser = argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--data_dir", default="data", metavar="DIR", help="downloads and caches (data)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to run on (the best)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(bfloat16 on cuda)")
-    add("--compile", action=on_off, help="with torch.compile, Triton (on cuda)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(the best there is)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(on cuda bfloat16)")
+    add("--compile", action=on_off, help="with torch.compile (on cuda)")
     add("--lengths", type=number(int, 1), nargs="+", metavar="N",
         help="to test at (1 to 16 times the trained one)")
     add("--window", type=number(int, 0), metavar="N", help="keys a query sees; 0: all, or rnope's own")

@@ -105,8 +105,7 @@ class Learned(Position):
         # a position between two vectors gets a mixture of both
         below = i.long()
         above = (below + 1).clamp(max=len(self.vectors) - 1)
-        fraction = (i - below)[:, None]
-        return x + torch.lerp(self.vectors[below], self.vectors[above], fraction)
+        return x + torch.lerp(self.vectors[below], self.vectors[above], (i - below)[:, None])
 
 
 def frequencies(width, device=None):
@@ -119,8 +118,7 @@ class Sinusoidal(Position):
 
     def embed(self, x, i):
         angle = i[:, None] * frequencies(self.config.n_embd, i.device)      # (T, C/2)
-        waves = torch.stack((angle.sin(), angle.cos()), -1)                 # (T, C/2, 2)
-        return x + waves.flatten(1)
+        return x + torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
 
 
 class Rotary(Position):
@@ -144,8 +142,7 @@ class Rotary(Position):
 def turned(x, cos, sin):
     """Pairs (n, n + D/2) of queries or keys, turned: (B, H, T, D), (T, D/2) twice -> (B, H, T, D)."""
     x1, x2 = x.chunk(2, -1)
-    y1, y2 = x1 * cos - x2 * sin, x1 * sin + x2 * cos
-    return torch.cat((y1, y2), -1).to(x.dtype)
+    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1).to(x.dtype)
 
 
 class XPos(Rotary):
@@ -160,8 +157,7 @@ class XPos(Rotary):
 
     def rotate(self, q, k, turns, x):
         cos, sin, growth = turns
-        q = turned(q, cos * growth, sin * growth)
-        return q, turned(k, cos / growth, sin / growth)
+        return turned(q, cos * growth, sin * growth), turned(k, cos / growth, sin / growth)
 
 
 class HoPE(Rotary):
@@ -248,8 +244,7 @@ class FIRE(Position):
         super().__init__(config)
         self.c = nn.Parameter(torch.tensor(0.1))
         self.l = nn.Parameter(torch.tensor(1.0))        # in quarters of the trained length
-        widen, narrow = nn.Linear(1, 32), nn.Linear(32, config.n_head)
-        self.mlp = nn.Sequential(widen, nn.ReLU(), narrow)
+        self.mlp = nn.Sequential(nn.Linear(1, 32), nn.ReLU(), nn.Linear(32, config.n_head))
 
     def bias(self, i, j):
         c = self.c.abs()
@@ -371,8 +366,7 @@ class GPT(nn.Module):
         # in evaluation not all logits at once
         most = len(x) if torch.is_grad_enabled() else 1 + 2 ** 24 // len(self.wte.weight)
         pieces = zip(x.split(most), targets.flatten().split(most))
-        losses = [self.wte.loss(*piece) for piece in pieces]
-        return torch.cat(losses).view(-1, S)
+        return torch.cat([self.wte.loss(*piece) for piece in pieces]).view(-1, S)
 
     def log_probs(self, idx):
         """log p of every token as the next one, at each place: (B, T) -> (B, T, V)."""

@@ -55,7 +55,7 @@ def get_args():
     formulas = [f"  {name:11} {POSITIONS[name].__doc__.splitlines()[0]}" for name in POSITIONS]
     parser = evaluation.make_parser(__doc__, "\n".join(["position encodings (--pos):", *formulas]))
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="quick", help="which of the three defaults below (quick)")
+    add("--preset", choices=PRESETS, default="quick", help="quick | small | paper: which values below")
     for flag, (kind, *values, meaning) in SETTINGS.items():
         text = f"{meaning} ({' | '.join(map(str, values))})"
         add(f"--{flag}", type=kind, metavar="X", default=argparse.SUPPRESS, help=text)
@@ -64,7 +64,7 @@ def get_args():
     add("--tokenizer", choices=("word", "byte"), help="of the text (byte for stdlib, else word)")
     add("--random_positions", type=number(int, 0, 2 ** 16), default=0, metavar="N",
         help="random, below N, which is at least block_size; 0 is off")
-    add("--seed", type=number(int, 0, 2 ** 32), default=1337, help="of weights, batches, dropout (1337)")
+    add("--seed", type=number(int, 0, 2 ** 32), default=1337, metavar="N", help="(1337)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
     again.add_argument("--overwrite", action="store_true", help="delete OUT_DIR/NAME/ckpt.pt and start anew")
