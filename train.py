@@ -130,7 +130,7 @@ def train(path, config, recipe, corpus, args):
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
     start, log = 0, []
     if args.resume and path.exists():
-        checkpoint, _ = evaluation.load_checkpoint(path)
+        checkpoint = torch.load(path, map_location="cpu")       # main has checked it
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, log = checkpoint["step"], checkpoint["log"]
