@@ -68,15 +68,13 @@ def write_csv(path, rows):
     writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    # a path need not be UTF-8
-    write_whole(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def load(name, tokenizer, data_dir):
     """The Corpus called `name`, or in the folder `name`, tokenised once and cached. Raises UserError."""
     files = find_files(name, SPLITS, data_dir)
-    paths = chain(*files.values())
-    stats = [(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    stats = [(path.resolve(), path.stat().st_mtime_ns) for path in chain(*files.values())]
     key = hashlib.sha256(repr((VERSION, tokenizer, stats)).encode()).hexdigest()
     cache = Path(data_dir, "cache", f"{tokenizer}-{key[:16]}.pt")
     try:
@@ -101,9 +99,7 @@ def read_words(paths):
 def read_split(paths, words):
     """(tokens,) ids of a text: bytes, or words of a vocabulary; a word that it lacks is <unk>."""
     if not words:
-        # a bytearray can be written to, which torch asks for
-        text = bytearray().join(path.read_bytes() for path in paths)
-        return torch.from_numpy(np.frombuffer(text, np.uint8))
+        return torch.from_numpy(np.concatenate([np.fromfile(path, np.uint8) for path in paths]))
     ids = {word: n for n, word in enumerate(words)}
     unk = ids["<unk>"]
     text = (ids.get(word, unk) for word in chain.from_iterable(read_lines(paths)))
@@ -165,8 +161,7 @@ def fetch(name, folder):
 
 def download(url):
     """Its bytes. Raises OSError, HTTPException."""
+    print(f"downloading {url}")
     # the mirror refuses urllib's own User-Agent
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        pieces = iter(lambda: response.read(2 ** 20), b"")
-        return b"".join(tqdm(pieces, url, unit=" MiB", disable=None))
+    return urllib.request.urlopen(request, timeout=30).read()

@@ -10,11 +10,7 @@ at every length.
 """
 import argparse
 import glob
-import io
-import math
-import os
 import sys
-from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, check, find_files, read_split, write_csv, write_whole
-from model import EXTENSIONS, GPT, GPTConfig, fits
+from model import EXTENSIONS, GPT, GPTConfig
 
 
 @torch.no_grad()
@@ -54,60 +50,60 @@ def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=1
 
 # ---- checkpoints ----------------------------------------------------------------------------------
 
-Run = namedtuple("Run", "path config recipe step data unit")        # what tells checkpoints apart
-
 
 def find_checkpoints(paths):
     """Each is a checkpoint, or a folder with ckpt.pt in it or below, also behind links. Raises UserError."""
-    found = {}
-    for path in map(Path, paths):
-        below = glob.glob(f"{glob.escape(str(path))}/**/ckpt.pt", recursive=True)
-        check(below or not path.is_dir(), f"no ckpt.pt in {path} or below")
-        for file in map(Path, sorted(below) or [path]):
-            found.setdefault(file.resolve(), file)      # each once
-    return list(found.values())
+    found = []
+    for path in paths:
+        below = glob.glob(f"{glob.escape(path)}/**/ckpt.pt", recursive=True)
+        check(below or not Path(path).is_dir(), f"no ckpt.pt in {path} or below")
+        found += sorted(below) if below else [path]
+    return list({path.resolve(): path for path in map(Path, found)}.values())       # each once
 
 
 def load_checkpoint(path, **changes):
-    """What train.py saved, and its model with fields of the config changed, unless None. Raises UserError."""
+    """Settings, vocabulary and model, with fields of the config changed unless None. Raises UserError."""
     changes = {field: value for field, value in changes.items() if value is not None}
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        settings = checkpoint["config"] | checkpoint["recipe"] | {"step": checkpoint["step"]}
         model = GPT(GPTConfig(**checkpoint["config"] | changes))
         model.load_state_dict(checkpoint["model"])
-        missing = {"recipe", "words", "data", "step", "log", "optimizer"} - set(checkpoint)
-        check(not missing, f"it lacks {missing}")
+        return settings, checkpoint["words"], model
     except Exception as error:      # whatever a foreign, older or damaged file leads to
-        kind = type(error).__name__
         last = str(error).strip().split("\n")[-1].strip()
-        raise UserError(f"{path} is no checkpoint of this train.py ({kind}: {last})") from error
-    return checkpoint, model
+        raise UserError(f"{path} is no checkpoint of train.py ({type(error).__name__}: {last})") from error
 
 
 def read_run(path, args):
-    """The Run at path, its model, and the tokens to test it on. Raises UserError, OSError."""
-    checkpoint, model = load_checkpoint(path, window=args.window, logn=args.logn)
-    data = args.data or checkpoint["data"]
-    words = checkpoint["words"]
+    """All that tells a run from others, its model, the tokens to test it on. Raises UserError, OSError."""
+    settings, words, model = load_checkpoint(path, window=args.window, logn=args.logn)
+    data = args.data or settings["data"]
     files = find_files(data, [args.split], args.data_dir)
     tokens = read_split(files[args.split], words)
     unit = "byte"
     if words:
         unknown = (tokens == words.index("<unk>")).double().mean()
         unit = f"word ({unknown:.1%} <unk>)"
-    run = Run(path, checkpoint["config"], checkpoint["recipe"], checkpoint["step"], data, unit)
-    return run, model, tokens
+    return settings | {"checkpoint": str(path), "data": data, "text": f"{unit} of {data}"}, model, tokens
 
 
 # ---- measuring ------------------------------------------------------------------------------------
 
 
-def measure(run, model, tokens, extension, args):
-    """Yields a CSV row for each length, or --by_position for each of its spans, which double."""
+def measure(settings, model, tokens, extension, args):
+    """Yields a CSV row for each length, or --by_position for each of its spans, which double.
+
+    Of an extension that does not fit the model it yields none."""
     config = model.config
+    if extension:
+        extend, encodings = EXTENSIONS[extension]
+        if config.pos not in encodings or config.random_positions:
+            print(f"{settings['checkpoint']} takes no {extension}", file=sys.stderr)
+            return
     for length in pick_lengths(args, config.block_size, tokens):
         if extension:
-            EXTENSIONS[extension][0](model.pos, length)
+            extend(model.pos, length)
         sums = torch.zeros(2, length)       # where the encoding has ended a loss is 0 / 0, shown as -
         if length <= model.pos.max_length:
             sums = evaluate(model, tokens, length, args.stride, args.dtype, args.batch_tokens)
@@ -119,8 +115,8 @@ def measure(run, model, tokens, extension, args):
                 pos=config.pos, train_length=config.block_size, length=length, stride=args.stride,
                 split=args.split, tokens=int(count), loss=loss.item(), ppl=loss.exp().item(),
                 extend=extension, window=config.window, logn=int(config.logn),
-                random_positions=config.random_positions, seed=run.recipe["seed"],
-                checkpoint=str(run.path), data=run.data)        # the CSV's columns
+                random_positions=config.random_positions, seed=settings["seed"],
+                checkpoint=settings["checkpoint"], data=settings["data"])       # the CSV's columns
             if args.by_position:
                 row |= dict(first=first + 1, last=last)
             yield row
@@ -141,25 +137,19 @@ def pick_lengths(args, block_size, tokens):
 
 
 def group(measured):
-    """The results of [(Run, row)]: runs that differ in nothing but their seed share a label."""
-    results, labels = {}, {}
-    texts = {(run.data, run.unit) for run, _ in measured}
-    for run, row in measured:
+    """The results of [(settings, row)]: a label names each setting in which the runs differ, but the seed."""
+    results = {}
+    same = set.intersection(*(set(settings.items()) for settings, _ in measured))
+    for settings, row in measured:
         label = label_of(row)
-        if run.step < run.recipe["max_iters"]:
-            label += f", step {run.step} of {run.recipe['max_iters']}"
-        if len(texts) > 1:
-            label += f", {run.data} by {run.unit}"
-        # two runs that differ in more than path and seed may not share a label: the later one shows its path
-        trained = row["train_length"]
-        identity = repr((label, run._replace(path="", recipe=run.recipe | {"seed": 0})))
-        if identity not in labels and (label, trained) in labels.values():
-            label += f" in {run.path}"
-        label, trained = labels.setdefault(identity, (label, trained))
+        for key, value in sorted(settings.items() - same - row.items()):
+            if key not in ("block_size", "vocab_size"):     # a column of its own; the text's
+                label += f", {key} {value}"
         column = row.get("last", row["length"])
         if "last" in row:
             label += f" at {row['length']}"
-        results.setdefault((label, trained), {}).setdefault(column, []).append(row["ppl"])
+        by_length = results.setdefault((label, row["train_length"]), {})
+        by_length.setdefault(column, []).append(row["ppl"])
     return results
 
 
@@ -177,8 +167,7 @@ def verdict(trained, by_length):
         return ""
     limit = 1.01 * np.mean(by_length[trained])
     for length in longer:
-        holds = np.mean(by_length[length]) <= limit < math.inf      # not where it is nan
-        if not holds:
+        if not np.mean(by_length[length]) <= limit:     # which nan is not either
             return f"fails from {length}"
     return "holds"
 
@@ -186,10 +175,9 @@ def verdict(trained, by_length):
 def cell(ppl):
     """The mean over seeds, and where there are several the standard deviation."""
     mean = np.mean(ppl)
-    if math.isnan(mean):
+    if np.isnan(mean):
         return "-"
-    text = f"{mean:.2f}" if mean < 1e6 else f"{mean:.1e}"
-    return f"{text} ± {np.std(ppl, ddof=1):.2f}" if len(ppl) > 1 else text
+    return f"{mean:.2f} ± {np.std(ppl, ddof=1):.2f}" if len(ppl) > 1 else f"{mean:.2f}"
 
 
 def print_table(results, heading, verdicts):
@@ -211,14 +199,10 @@ def print_table(results, heading, verdicts):
 
 
 def new_figure(path):
-    """matplotlib's, which can be saved at path. Raises ImportError, UserError."""
-    os.environ["MPLBACKEND"] = "agg"        # which a file does not need, but matplotlib checks
+    """matplotlib's. Raises ImportError, and UserError where it could not be saved at path."""
     from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    kinds = figure.canvas.get_supported_filetypes()
-    check(Path(path).suffix[1:] in kinds, f"--plot {path}: it ends in none of .{', .'.join(sorted(kinds))}")
-    return figure
+    check(Path(path).suffix in (".png", ".pdf", ".svg"), f"--plot {path}: .png, .pdf or .svg, by its name")
+    return Figure(figsize=(7, 5), layout="constrained")
 
 
 def plot(figure, path, results, title, by):
@@ -240,31 +224,32 @@ def plot(figure, path, results, title, by):
 # ---- the command line -----------------------------------------------------------------------------
 
 
-def number(kind, least, below=math.inf):
+def bounded(kind, least, below=np.inf):
     """An argparse type: an int or float that is at least `least` and less than `below`."""
-    def read(text):
+    def number(text):       # argparse shows this name where kind(text) fails
         value = kind(text)
         if not least <= value < below:
-            limit = f" and below {below}" if below < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is not at least {least}{limit}")
+            raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {below})")
         return value
-    read.__name__ = kind.__name__       # argparse names it where kind(text) fails
-    return read
+    return number
+
+
+positive = bounded(int, 1)
 
 
 def make_parser(doc, epilog=None):
     """A parser with the flags that both programs have."""
-    raw, on_off = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, epilog=epilog, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data_dir", default="data", metavar="DIR", help="downloads and caches (data)")
+    add("--data_dir", default="data", help="downloads and caches (data)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(the best there is)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(on cuda bfloat16)")
-    add("--compile", action=on_off, help="with torch.compile (on cuda)")
-    add("--lengths", type=number(int, 1), nargs="+", metavar="N",
-        help="to test at (1 to 16 times the trained one)")
-    add("--window", type=number(int, 0), metavar="N", help="keys a query sees; 0: all, or rnope's own")
-    add("--logn", action=on_off, help="queries times max(1, ln(place + 1) / ln(trained length))")
+    add("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile (on cuda)")
+    add("--lengths", type=positive, nargs="+", help="to test at (1 to 16 times the trained one)")
+    add("--window", type=bounded(int, 0), help="keys a query sees; 0: all, or rnope's own")
+    add("--logn", action=argparse.BooleanOptionalAction,
+        help="queries times max(1, ln(place + 1) / ln(trained length))")
     return parser
 
 
@@ -272,14 +257,14 @@ def get_args(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT_OR_RUN_DIR", help="file, run's folder, or folder of runs")
-    add("--data", metavar="NAME", help="corpus or folder (what the checkpoint was trained on)")
+    add("--data", help="corpus or folder (what the checkpoint was trained on)")
     add("--split", choices=("valid", "test"), default="valid", help="which text (valid)")
-    add("--stride", type=number(int, 1), metavar="N", help="sliding windows that move on by N tokens")
-    add("--extend", nargs="+", default=[], choices=EXTENSIONS, metavar="NAME", help=", ".join(EXTENSIONS))
+    add("--stride", type=positive, help="sliding windows that move on by N tokens")
+    add("--extend", nargs="+", default=[], choices=EXTENSIONS, help=", ".join(EXTENSIONS))
     add("--by_position", action="store_true", help="by position in the window, not by length alone")
-    add("--batch_tokens", type=number(int, 1), default=16384, metavar="N", help="tokens in a batch (16384)")
-    add("--csv", metavar="FILE", help="write the table")
-    add("--plot", metavar="FILE", help="draw the figure (needs matplotlib)")
+    add("--batch_tokens", type=positive, default=16384, help="tokens in a batch (16384)")
+    add("--csv", help="write the table")
+    add("--plot", help="draw the figure (needs matplotlib)")
     return parser.parse_args(argv)
 
 
@@ -304,15 +289,13 @@ def compare(args):
     measured, left_out = [], set(paths)
     for path in paths:
         try:
-            for extension in dict.fromkeys(["", *args.extend]):
-                run, model, tokens = read_run(path, args)
-                if extension and not fits(model.config, extension):
-                    continue
+            for extension in ["", *args.extend]:
+                settings, model, tokens = read_run(path, args)
                 model.to(args.device)
                 if args.compile:
                     model.compile_parts()
-                for row in measure(run, model, tokens, extension, args):
-                    measured.append((run, row))
+                for row in measure(settings, model, tokens, extension, args):
+                    measured.append((settings, row))
             left_out.remove(path)
         except (UserError, OSError, RuntimeError) as error:
             print(f"left out: {path}: {error}", file=sys.stderr)
@@ -322,13 +305,10 @@ def compare(args):
     if not measured:
         return left_out
 
-    for extension in args.extend:
-        if all(row["extend"] != extension for _, row in measured):
-            print(f"--extend {extension} fits none of the checkpoints", file=sys.stderr)
-    unit = " or ".join(sorted({run.unit for run, _ in measured}))
+    texts = " or ".join(sorted({settings["text"] for settings, _ in measured}))
     how = f"sliding by {args.stride}" if args.stride else "non-overlapping"
     by = "position in the window, up to" if args.by_position else "length in tokens"
-    heading = f"perplexity per {unit}, {args.split} split, {how}"
+    heading = f"perplexity per {texts}, {args.split} split, {how}"
     results = group(measured)
     print_table(results, f"{heading}, by {by}", not args.by_position)
     if args.csv:
@@ -344,12 +324,11 @@ def main():
 
 
 def guarded(program):
-    """Calls it; what a user can put right ends in one line on standard error and exit code 1."""
-    if isinstance(sys.stdout, io.TextIOWrapper):        # a notebook's is none, nor is a closed one
-        # where it goes into a file, too, each line is there at once
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    """Calls it; what a user can put right, and Ctrl-C, end in one line on standard error and exit code 1."""
     try:
         program()
+    except KeyboardInterrupt:
+        sys.exit("stopped: train.py --resume goes on from the last checkpoint")
     except (UserError, OSError, ImportError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 

@@ -12,9 +12,9 @@ a layer has of it is called `encoding`.
 To add an encoding: a subclass of Position, an entry in POSITIONS, its plain formula in test_model.py.
 """
 import functools
-import math
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil, floor, inf, log, log2, pi, sqrt
 
 import torch
 import torch.nn as nn
@@ -46,7 +46,7 @@ class Position(nn.Module):
 
     It is the base of all others, which override what they change."""
     relative = True             # the bias depends on i - j alone
-    max_length = math.inf       # the longest text, in tokens
+    max_length = inf       # the longest text, in tokens
     spacing = 1.0               # from one position to the next
 
     def __init__(self, config):
@@ -54,9 +54,8 @@ class Position(nn.Module):
         self.config = config
 
     def layer(self, n):
-        """Of layer n: its encoding, how many keys a query sees, whether log n scales queries."""
-        window = self.config.window if self.config.window else math.inf
-        return self, window, self.config.logn
+        """Of layer n: its encoding, its window (0 is all), whether log n scales queries."""
+        return self, self.config.window, self.config.logn
 
     def at_random(self):
         """Whether positions are drawn: in training, where random_positions says so."""
@@ -95,11 +94,7 @@ class Learned(Position):
         super().__init__(config)
         count = max(config.block_size, config.random_positions)
         self.vectors = nn.Parameter(torch.randn(count, config.n_embd) * 0.02)
-
-    @property
-    def max_length(self):
-        """Where the vectors end; interpolate and hierarchical move it."""
-        return math.inf if self.config.random_positions else round(len(self.vectors) / self.spacing)
+        self.max_length = count
 
     def embed(self, x, i):
         # a position between two vectors gets a mixture of both
@@ -132,11 +127,12 @@ class Rotary(Position):
 
     def turns(self, i):
         angle = i[:, None] * (self.w * self.stretch)                        # (T, D/2)
-        return angle.cos() * self.amplitude, angle.sin() * self.amplitude
+        of_both = angle.cos() * self.amplitude, angle.sin() * self.amplitude
+        return of_both, of_both
 
     def rotate(self, q, k, turns, x):
-        cos, sin = turns
-        return turned(q, cos, sin), turned(k, cos, sin)
+        of_queries, of_keys = turns
+        return turned(q, *of_queries), turned(k, *of_keys)
 
 
 def turned(x, cos, sin):
@@ -147,17 +143,13 @@ def turned(x, cos, sin):
 
 class XPos(Rotary):
     """Rotary, q_n z_n^(i/512), k_n z_n^(-j/512), z_n = (2n/D + 0.4) / 1.4 (Sun et al. 2212.10554)."""
-    max_length = 2 ** 16        # beyond some 72,500 the powers overflow float32
-
     def turns(self, i):
         n = torch.arange(len(self.w), device=i.device)
         z = (n / len(n) + 0.4) / 1.4
         centred = i - (i[0] + i[-1]) / 2        # so that the powers stay small
-        return *super().turns(i), z ** (centred[:, None] / 512)
-
-    def rotate(self, q, k, turns, x):
-        cos, sin, growth = turns
-        return turned(q, cos * growth, sin * growth), turned(k, cos / growth, sin / growth)
+        growth = z ** (centred[:, None] / 512)
+        (cos, sin), _ = super().turns(i)
+        return (cos * growth, sin * growth), (cos / growth, sin / growth)
 
 
 class HoPE(Rotary):
@@ -167,7 +159,7 @@ class HoPE(Rotary):
 
     def __init__(self, config):
         super().__init__(config)
-        self.w[self.w < 2 * math.pi / config.block_size] = 0.0
+        self.w[self.w < 2 * pi / config.block_size] = 0.0
 
 
 class T5(Position):
@@ -186,13 +178,13 @@ class T5(Position):
         far = (16 + 16 * octaves / 3).clamp(max=31)
         bucket = torch.minimum(distance, far).long()                        # (rows, keys)
         D = self.config.n_embd / self.config.n_head
-        return math.sqrt(D) * self.t[bucket].movedim(-1, 0)
+        return sqrt(D) * self.t[bucket].movedim(-1, 0)
 
 
 def slopes(H):
     """m_h = 2^(-8h/H), h from 1, for H a power of 2; else slopes(n), n the power below, then every other of
     slopes(2n)."""
-    n = 2 ** int(math.log2(H))
+    n = 2 ** int(log2(H))
     if n == H:
         return [2 ** (-8 * h / H) for h in range(1, H + 1)]
     return slopes(n) + slopes(2 * n)[::2][:H - n]
@@ -266,7 +258,7 @@ class RNoPE(Rotary):
     def layer(self, n):
         config = self.config
         if (config.n_layer - 1 - n) % self.every == 0:
-            return self.plain, math.inf, config.logn or self.scaled
+            return self.plain, 0, config.logn or self.scaled
         # b layers with windows of w reach 1 + b (w - 1) tokens: here at most 3/4 of the trained length
         between = min(self.every, config.n_layer) - 1
         widest = 1 + int(0.75 * config.block_size - 1) // between
@@ -275,7 +267,7 @@ class RNoPE(Rotary):
 
 class HWFA(RNoPE):
     """Rotary in a window; the last layer sees all, with log n, no positions (Su, kexue.fm/archives/9603)."""
-    every = math.inf
+    every = inf
     scaled = True
 
 
@@ -306,7 +298,7 @@ class ForgetGate(Position):
 
         In bfloat16, too, the three add up to the float32 number. Kernels like multiples of eight."""
         log_f = F.logsigmoid(self.f(x).float())                             # (B, T, H)
-        rest = log_f.mT.cumsum(2) * -math.sqrt(q.shape[-1])                 # (B, H, T)
+        rest = log_f.mT.cumsum(2) * -sqrt(q.shape[-1])                 # (B, H, T)
         parts = []
         for _ in range(3):
             parts.append(rest.to(q.dtype))
@@ -337,7 +329,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
         for name, weight in self.blocks.named_parameters():
             if weight.dim() == 2:
-                residual = math.sqrt(2 * config.n_layer) if "_proj" in name else 1
+                residual = sqrt(2 * config.n_layer) if "_proj" in name else 1
                 nn.init.normal_(weight, std=0.02 / residual)
         self.pos = POSITIONS[config.pos](config)
 
@@ -351,7 +343,7 @@ class GPT(nn.Module):
         shared = {}         # by layers with the same encoding: its turns and its mask
         for n, block in enumerate(self.blocks):
             encoding, window, logn = self.pos.layer(n)
-            window = min(window, T)
+            window = min(window, T) if window else T
             if encoding not in shared:
                 # in float32: bfloat16 cannot tell distances beyond 256 apart
                 with torch.autocast(i.device.type, enabled=False):
@@ -413,7 +405,7 @@ class Block(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))      # (B, H, T, D)
         if logn:        # before the encoding, whose own coordinates are not scaled
             n = torch.arange(1, T + 1, device=x.device)[:, None]
-            scale = n.log() / math.log(self.config.block_size)
+            scale = n.log() / log(self.config.block_size)
             q = (q * scale.clamp(min=1)).to(q.dtype)
         q, k = encoding.rotate(q, k, turns, normed)
         dropout = self.config.attn_dropout if self.training else 0.0
@@ -432,7 +424,7 @@ def attention(q, k, v, encoding, window, i):
 
     Queries and keys may be wider than values; D is the width of values."""
     place = torch.arange(len(i), device=i.device)
-    scores = q @ k.mT / math.sqrt(v.shape[-1])
+    scores = q @ k.mT / sqrt(v.shape[-1])
     return torch.softmax(scores + sight(encoding, window, i, place, place), -1) @ v
 
 
@@ -443,7 +435,7 @@ def sight(encoding, window, i, queries, keys):
     bias = encoding.bias(i[query], i[torch.minimum(query, keys)])
     if bias is None:
         bias = torch.zeros(encoding.config.n_head, 1, 1, device=i.device)
-    return bias.masked_fill((keys > query) | (keys <= query - window), -math.inf)
+    return bias.masked_fill((keys > query) | (keys <= query - window), -inf)
 
 
 # ---- attention as it runs -------------------------------------------------------------------------
@@ -474,7 +466,7 @@ def make_mask(encoding, window, i, flex):
     last_to_first = place.flip(0)
     if encoding.relative and not encoding.at_random():
         of_first_key = sight(encoding, window, i, last_to_first, place[:1])         # (H, T, 1)
-        line = F.pad(of_first_key[..., 0], (0, T - 1), value=-math.inf)
+        line = F.pad(of_first_key[..., 0], (0, T - 1), value=-inf)
         mask = line.unfold(1, T, 1)
         if not flex:
             return mask, None
@@ -486,7 +478,7 @@ def make_mask(encoding, window, i, flex):
     for queries in last_to_first.split(128):        # FIRE needs 32 times the memory on its way
         end = T - 128 * len(rows)       # of the keys that any of these queries sees
         seen = sight(encoding, window, i, queries, place[:end])
-        rows.append(F.pad(seen, (0, T - end), value=-math.inf))
+        rows.append(F.pad(seen, (0, T - end), value=-inf))
     return torch.cat(rows, 1), None
 
 
@@ -553,7 +545,7 @@ class Vocabulary(nn.Module):
 
     def forward(self, idx):
         """Embeddings: (B, T) -> (B, T, C)."""
-        return F.embedding(idx, self.weight) * math.sqrt(self.weight.shape[1])
+        return F.embedding(idx, self.weight) * sqrt(self.weight.shape[1])
 
     def loss(self, x, targets):
         """-log p of each target in nats: (N, C), (N,) -> (N,)."""
@@ -589,9 +581,10 @@ class AdaptiveVocabulary(Vocabulary):
     def forward(self, idx):
         x = F.embedding(idx.clamp(max=self.common - 1), self.weight)
         for band in self.bands:
-            rare = F.embedding(band.ids(idx), band.weight) @ band.projection
-            x = torch.where(band.holds(idx)[..., None], rare.to(x.dtype), x)
-        return x * math.sqrt(x.shape[-1])
+            inside, rows = band.find(idx)
+            rare = F.embedding(rows, band.weight) @ band.projection
+            x = torch.where(inside[..., None], rare.to(x.dtype), x)
+        return x * sqrt(x.shape[-1])
 
     def loss(self, x, targets):
         # in the matrix a rare word is its band, whose row follows those of the common words
@@ -599,10 +592,9 @@ class AdaptiveVocabulary(Vocabulary):
         loss = self.token_loss(x, self.weight, rows)
         # and then itself among the words of the band
         for band in self.bands:
-            inside = band.holds(targets).nonzero().squeeze(1)
+            inside, rows = band.find(targets)
             narrow = F.linear(x[inside], band.projection)
-            rare = self.token_loss(narrow, band.weight, band.ids(targets[inside]))
-            loss = loss.index_add(0, inside, rare)
+            loss[inside] += self.token_loss(narrow, band.weight, rows[inside])
         return loss
 
     def log_probs(self, x):
@@ -624,12 +616,10 @@ class Band(nn.Module):
         self.weight = nn.Parameter(torch.randn(stop - start, width) * width ** -0.5)
         self.projection = nn.Parameter(torch.randn(width, C) * 0.02)
 
-    def holds(self, idx):
-        return (idx >= self.start) & (idx < self.stop)
-
-    def ids(self, idx):
-        """Rows of the weight; words outside of the band get any."""
-        return idx.clamp(self.start, self.stop - 1) - self.start
+    def find(self, idx):
+        """Whether words are in the band, and their rows of the weight; those outside get any."""
+        rows = idx.clamp(self.start, self.stop - 1) - self.start
+        return rows == idx - self.start, rows
 
 
 # ---- test-time extensions: set for each length; at the trained length nothing changes
@@ -638,6 +628,7 @@ class Band(nn.Module):
 def interpolate(pos, length):
     """Squeezes `length` positions into the trained range (Chen et al. 2306.15595)."""
     pos.spacing = min(1.0, pos.config.block_size / length)
+    pos.max_length = length
 
 
 def ntk(pos, length):
@@ -654,32 +645,15 @@ def yarn(pos, length):
     2309.00071, as their code has it, without their fine-tuning)."""
     L, half = pos.config.block_size, len(pos.w)
     s = max(1.0, length / L)
-    n_32, n_1 = (half * math.log(L / (2 * math.pi * periods), 10000) for periods in (32, 1))
-    low = max(0, math.floor(n_32))
-    high = max(low + 0.001, min(2 * half - 1, math.ceil(n_1)))
+    n_32, n_1 = (half * log(L / (2 * pi * periods), 10000) for periods in (32, 1))
+    low = max(0, floor(n_32))
+    high = max(low + 0.001, min(2 * half - 1, ceil(n_1)))
     n = torch.arange(half, device=pos.w.device)
     ramp = ((n - low) / (high - low)).clamp(0, 1)
     pos.stretch = 1 + ramp * (1 / s - 1)
-    pos.amplitude = 0.1 * math.log(s) + 1
-
-
-def hierarchical(pos, length):
-    """Position n r + s gets a u_r + (1 - a) u_s, u = (p - a p_0) / (1 - a) (Su, kexue.fm/archives/7947).
-
-    With a = 0.4. That is p_s + a / (1 - a) (p_r - p_0): the first n stay as they were, bit for bit."""
-    n = pos.config.block_size
-    place = torch.arange(max(n, min(n * n, length)), device=pos.vectors.device)
-    p = pos.vectors.data[:n]
-    moved = p[place // n] - p[0]
-    pos.vectors.data = p[place % n] + 0.4 / 0.6 * moved
+    pos.amplitude = 0.1 * log(s) + 1
 
 
 EXTENSIONS = {"interpolate": (interpolate, ("learned", "sinusoidal", "rotary", "hope", "alibi")),
               "ntk": (ntk, ("rotary", "hope")),
-              "yarn": (yarn, ("rotary", "hope")),
-              "hierarchical": (hierarchical, ("learned",))}
-
-
-def fits(config, extension):
-    """Whether a test-time extension is for a model with this config."""
-    return config.pos in EXTENSIONS[extension][1] and not config.random_positions
+              "yarn": (yarn, ("rotary", "hope"))}
