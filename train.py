@@ -62,7 +62,7 @@ def get_args():
         help="listed below (quick: the paper's four; else alibi)")
     add("--tokenizer", choices=("word", "byte"), help="of the text (byte for stdlib, else word)")
     add("--random_positions", type=bounded(int, 0, 2 ** 16), default=0,
-        help="random, below N, which is at least block_size; 0 is off")
+        help="training draws sorted positions below this; 0 is off")
     add("--seed", type=bounded(int, 0, 2 ** 32), default=1337, help="(1337)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
