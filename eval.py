@@ -26,11 +26,11 @@ from model import EXTENSIONS, GPT, GPTConfig
 def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=16384):
     """(2, length): losses in nats summed and targets counted, by position in the window, over the whole text.
 
-    Uses no randomness; puts the model into training mode, whatever it was in."""
+    Uses no randomness. Leaves the model in training mode, as train.py needs it."""
     device = next(model.parameters()).device
     stride = stride or length
-    targets = len(tokens) - 1           # also the last token's index
-    starts = list(range(0, max(1, targets - length + stride), stride))
+    last = len(tokens) - 1
+    starts = range(0, max(1, last - length + stride), stride)
     # the first window alone, since all of its targets count; of later ones the last `stride`
     windows = max(1, batch_tokens // length)
     later = [starts[n:n + windows] for n in range(1, len(starts), windows)]
@@ -38,11 +38,11 @@ def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=1
     model.eval()
     for batch in tqdm([starts[:1], *later], f"{model.config.pos} at {length}", leave=False, disable=None):
         index = torch.tensor(batch)[:, None] + torch.arange(length + 1)             # (B, T + 1)
-        ids = tokens[index.clamp(max=targets)].long().to(device)    # the last token fills a short window
+        ids = tokens[index.clamp(max=last)].long().to(device)    # the last token fills a short window
         new = length if batch[0] == 0 else stride
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = model(ids[:, :-1], ids[:, -new:]).cpu().double()                 # (B, new)
-        count = index[:, -new:] <= targets
+        count = index[:, -new:] <= last
         sums[:, -new:] += torch.stack((loss * count, count)).sum(1)
     model.train()
     return sums
@@ -142,12 +142,13 @@ def group(measured):
     same = set.intersection(*(set(settings.items()) for settings, _ in measured))
     for settings, row in measured:
         label = label_of(row)
+        # seed, path, and what label_of names are in the row
         for key, value in sorted(settings.items() - same - row.items()):
             if key not in ("block_size", "vocab_size"):     # a column of its own; the text's
                 label += f", {key} {value}"
-        column = row.get("last", row["length"])
-        if "last" in row:
+        if "last" in row:       # --by_position
             label += f" at {row['length']}"
+        column = row.get("last", row["length"])
         by_length = results.setdefault((label, row["train_length"]), {})
         by_length.setdefault(column, []).append(row["ppl"])
     return results
@@ -282,7 +283,7 @@ def pick_device(args):
 
 
 def compare(args):
-    """Measures and shows what can be measured; returns the paths of the rest, each with a line on stderr."""
+    """Measures and shows what can be measured, with a line on stderr for the rest, whose paths it returns."""
     pick_device(args)
     figure = new_figure(args.plot) if args.plot else None       # what it lacks is told before the measuring
     paths = find_checkpoints(args.checkpoints)
@@ -328,7 +329,7 @@ def guarded(program):
     try:
         program()
     except KeyboardInterrupt:
-        sys.exit("stopped: train.py --resume goes on from the last checkpoint")
+        sys.exit("stopped: train.py --resume goes on from the last checkpoint, if there is one")
     except (UserError, OSError, ImportError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 

@@ -46,7 +46,7 @@ class Position(nn.Module):
 
     It is the base of all others, which override what they change."""
     relative = True             # the bias depends on i - j alone
-    max_length = inf       # the longest text, in tokens
+    max_length = inf            # the longest text, in tokens
     spacing = 1.0               # from one position to the next
 
     def __init__(self, config):
@@ -54,7 +54,9 @@ class Position(nn.Module):
         self.config = config
 
     def layer(self, n):
-        """Of layer n: its encoding, its window (0 is all), whether log n scales queries."""
+        """Of layer n: its encoding, its window (0 is all), whether log n scales queries.
+
+        An encoding in one part of the layers alone, or with a window of its own, overrides this."""
         return self, self.config.window, self.config.logn
 
     def at_random(self):
@@ -126,7 +128,8 @@ class Rotary(Position):
         self.register_buffer("w", frequencies(config.n_embd // config.n_head), persistent=False)
 
     def turns(self, i):
-        angle = i[:, None] * (self.w * self.stretch)                        # (T, D/2)
+        """(cos, sin) of queries, (cos, sin) of keys: (T, D/2) each."""
+        angle = i[:, None] * (self.w * self.stretch)
         of_both = angle.cos() * self.amplitude, angle.sin() * self.amplitude
         return of_both, of_both
 
@@ -207,13 +210,12 @@ class Kerple(Position):
         self.a = nn.Parameter(torch.rand(config.n_head, 1, 1))
 
     def bias(self, i, j):
-        p, a = at_least(self.p, 0.01), at_least(self.a, 0.01)
-        return -p * torch.log1p(a * (i - j))
+        return -at_least_001(self.p) * torch.log1p(at_least_001(self.a) * (i - j))
 
 
-def at_least(x, least):
-    """x clamped, with a gradient below `least` too: else it could not come back from there."""
-    return x + (x.clamp(min=least) - x).detach()
+def at_least_001(x):
+    """x clamped, with a gradient below 0.01 too: else it could not come back from there."""
+    return x + (x.clamp(min=0.01) - x).detach()
 
 
 class Sandwich(Position):
@@ -259,7 +261,7 @@ class RNoPE(Rotary):
         config = self.config
         if (config.n_layer - 1 - n) % self.every == 0:
             return self.plain, 0, config.logn or self.scaled
-        # b layers with windows of w reach 1 + b (w - 1) tokens: here at most 3/4 of the trained length
+        # the layers between, with windows of w, reach 1 + between (w - 1) tokens: 3/4 of block_size at most
         between = min(self.every, config.n_layer) - 1
         widest = 1 + int(0.75 * config.block_size - 1) // between
         return self, config.window if config.window else widest, config.logn
@@ -267,7 +269,7 @@ class RNoPE(Rotary):
 
 class HWFA(RNoPE):
     """Rotary in a window; the last layer sees all, with log n, no positions (Su, kexue.fm/archives/9603)."""
-    every = inf
+    every = inf                 # n % inf is 0 for 0 alone
     scaled = True
 
 
@@ -281,7 +283,7 @@ class FoX(Position):
         self.gates = nn.ModuleList(ForgetGate(config) for _ in range(config.n_layer))
 
     def layer(self, n):
-        return self.gates[n].layer(n)
+        return self.gates[n].layer(n)       # the gate itself, as Position.layer has it
 
 
 class ForgetGate(Position):
@@ -322,7 +324,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.flex = False           # whether attention on CUDA goes through FlexAttention
-        vocabulary = AdaptiveVocabulary if config.vocab_size > 20000 else Vocabulary    # its first cutoff
+        # 20000 is AdaptiveVocabulary's first cutoff
+        vocabulary = AdaptiveVocabulary if config.vocab_size > 20000 else Vocabulary
         self.wte = vocabulary(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -340,15 +343,16 @@ class GPT(nn.Module):
         x = self.dropout(self.pos.embed(self.wte(idx), i))
         # FlexAttention has no dropout
         flex = self.flex and x.is_cuda and not (self.training and self.config.attn_dropout)
-        shared = {}         # by layers with the same encoding: its turns and its mask
+        shared = {}         # turns and mask, by layers with the same encoding and window
         for n, block in enumerate(self.blocks):
             encoding, window, logn = self.pos.layer(n)
             window = min(window, T) if window else T
-            if encoding not in shared:
+            if (encoding, window) not in shared:
                 # in float32: bfloat16 cannot tell distances beyond 256 apart
                 with torch.autocast(i.device.type, enabled=False):
-                    shared[encoding] = encoding.turns(i), make_mask(encoding, window, i, flex)
-            x = block(x, encoding, window, logn, *shared[encoding])
+                    mask = make_mask(encoding, window, i, flex)
+                    shared[encoding, window] = encoding.turns(i), mask
+            x = block(x, encoding, window, logn, *shared[encoding, window])
         return self.ln_f(x)
 
     def forward(self, idx, targets):
@@ -398,7 +402,7 @@ class Block(nn.Module):
         self.act_dropout = nn.Dropout(config.act_dropout)
 
     def forward(self, x, encoding, window, logn, turns, mask):
-        """(B, T, C), what pos.layer says, the encoding's turns, the mask -> (B, T, C)."""
+        """(B, T, C), what pos.layer says, with a window of at most T, turns, mask -> (B, T, C)."""
         B, T, C = x.shape
         normed = self.ln_1(x)
         qkv = self.c_attn(normed).view(B, T, 3, self.config.n_head, -1)
@@ -416,7 +420,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp_proj(self.act_dropout(activations)))
 
 
-# ---- attention as it is defined. Only the tests call attention(): what comes after is the same, but faster
+# ---- attention as it is defined. The tests alone call attention(); make_mask() below calls sight(), too
 
 
 def attention(q, k, v, encoding, window, i):
@@ -449,19 +453,19 @@ FLEX_OPTIONS = {"fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 2, "bwd
 def make_mask(encoding, window, i, flex):
     """What sight() gives for all queries, the last one first: (H, T, T), and a BlockMask for FlexAttention.
 
-    Without FlexAttention the BlockMask is None; where it is the causal mask alone, both are. At evenly spaced
-    positions a relative bias looks the same from every query. So all rows are pieces of one line, and from
-    the last query to the first each starts one further on:
+    Both are None where it is the causal mask alone; the BlockMask is, where FlexAttention does not run it.
+    At evenly spaced positions a relative bias looks the same from every query. So all rows are pieces of one
+    line, and from the last query to the first each starts one further on:
 
         line = the bias at distance T - 1, ..., 1, 0, then T - 1 times -inf         # (H, 2T - 1)
         row of query i = line[T - 1 - i : 2T - 1 - i]
 
-    Such a mask is a view of it, without memory of its own. Others take T^2 numbers, as do the copies that
+    Such a mask is a view of it, without memory of its own. Others take H T^2 numbers, as do the copies that
     FlexAttention gets of short and of trained ones."""
     T = len(i)
     first = i[:1, None]
     if encoding.bias(first, first) is None and window >= T:
-        return None, None
+        return None, None       # kernels have the causal mask of their own
     place = torch.arange(T, device=i.device)
     last_to_first = place.flip(0)
     if encoding.relative and not encoding.at_random():
@@ -475,7 +479,7 @@ def make_mask(encoding, window, i, flex):
             mask = mask.contiguous()
         return mask, causal_blocks(T, window, i.device)
     rows = []
-    for queries in last_to_first.split(128):        # FIRE needs 32 times the memory on its way
+    for queries in last_to_first.split(128):        # FIRE takes 32 times the memory on its way
         end = T - 128 * len(rows)       # of the keys that any of these queries sees
         seen = sight(encoding, window, i, queries, place[:end])
         rows.append(F.pad(seen, (0, T - end), value=-inf))
@@ -491,11 +495,12 @@ def causal_blocks(T, window, device):
 
 
 def attend(q, k, v, mask, window, dropout):
-    """attention() by torch's kernels: (B, H, T, D) three times, what make_mask gave -> (B, H, T, D)."""
+    """attention() by torch's kernels: (B, H, T, D) three times, what make_mask gave -> (B, H, T, D).
+
+    A mask begins with the last query, hence the flips."""
     D = v.shape[-1]
     scale = D ** -0.5
-    wider = q.shape[-1] > D
-    if wider:
+    if q.shape[-1] > D:         # as FoX's are
         v = F.pad(v, (0, q.shape[-1] - D))
     rows, blocks = mask
     kernel = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scale)
@@ -508,7 +513,7 @@ def attend(q, k, v, mask, window, dropout):
         y = kernel(q.flip(2), k, v, rows[None]).flip(2)
     else:
         y = in_slices(q, k, v, rows, window, kernel)
-    return y[..., :D] if wider else y
+    return y[..., :D]
 
 
 def by_flex(q, k, v, rows, blocks, scale):

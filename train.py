@@ -26,7 +26,7 @@ from model import GPT, POSITIONS, GPTConfig
 
 PRESETS = ("quick", "small", "paper")
 fraction, not_negative = bounded(float, 0, 1), bounded(float, 0)
-SETTINGS = {    # type, value in each preset, meaning; the paper trained with NAG, here it is AdamW
+SETTINGS = {    # type, value in each preset, meaning
     "data": (str, "stdlib", "wikitext-103", "wikitext-103", "wikitext-103, wikitext-2, stdlib or a folder"),
     "block_size": (bounded(int, 2), 256, 512, 512, "the trained length, in tokens"),
     "batch_size": (positive, 2, 64, 18, "sequences in a micro-batch, over all processes"),
@@ -44,7 +44,7 @@ SETTINGS = {    # type, value in each preset, meaning; the paper trained with NA
     "grad_clip": (not_negative, 1.0, 1.0, 0.1, "the gradient's norm at most; 0 is off"),
     "eval_interval": (positive, 500, 1000, 2000, "steps from one evaluation and checkpoint to the next"),
     "out_dir": (str, "out/quick", "out/small", "out/paper", "has a folder for each run")}
-# --resume wants these unchanged, and the model, and the text
+# beside the model and the text, whose checksum main adds, this decides the weights: --resume holds it fast
 RECIPE = ("data", "seed", "batch_size", "grad_accum", "max_iters", "learning_rate", "warmup_iters",
           "weight_decay", "grad_clip", "dtype")
 
@@ -66,7 +66,7 @@ def get_args():
     add("--seed", type=bounded(int, 0, 2 ** 32), default=1337, help="(1337)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from OUT_DIR/NAME/ckpt.pt")
-    again.add_argument("--overwrite", action="store_true", help="start anew, over OUT_DIR/NAME/ckpt.pt")
+    again.add_argument("--overwrite", action="store_true", help="start anew, over that")
     parser.set_defaults(window=0, logn=False)
     args = parser.parse_args()
     for flag, (_, *values, _) in SETTINGS.items():
@@ -76,7 +76,7 @@ def get_args():
     if args.tokenizer is None:
         args.tokenizer = "byte" if args.data == "stdlib" else "word"
     check(args.n_embd % (2 * args.n_head) == 0, "--n_embd must be a multiple of twice --n_head")
-    check(args.random_positions == 0 or args.random_positions >= args.block_size,
+    check(not 0 < args.random_positions < args.block_size,
           f"--random_positions: {args.block_size} (--block_size) at least, or 0")
     return args
 
@@ -89,8 +89,8 @@ def get_lr(step, args):
     return args.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-@functools.lru_cache(maxsize=2)
-def order(blocks, seed, epoch):
+@functools.lru_cache(maxsize=2)     # a batch may lie in two epochs
+def permutation(blocks, seed, epoch):
     """(blocks,): which block comes when in an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(blocks)
 
@@ -104,8 +104,8 @@ def get_batch(tokens, args, n):
     first = n * args.batch_size + args.rank * rows
     chosen = []
     for k in range(first, first + rows):
-        epoch, turn = divmod(k, len(blocks))
-        chosen.append(order(len(blocks), args.seed, epoch)[turn])
+        epoch, place = divmod(k, len(blocks))
+        chosen.append(permutation(len(blocks), args.seed, epoch)[place])
     ids = blocks[chosen].long()
     if args.device == "cuda":
         ids = ids.pin_memory()      # so that nothing waits for the copy
@@ -125,6 +125,7 @@ def train(path, config, recipe, corpus, args):
     """One run, saved at `path` with log.csv beside it."""
     torch.manual_seed(args.seed)
     model = GPT(config).to(args.device)
+    # the paper's optimizer is NAG
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), betas=(0.9, 0.95), fused=True)
     start, log = 0, []
     if args.resume and path.exists():
@@ -195,7 +196,7 @@ def train(path, config, recipe, corpus, args):
 def join_processes(device):
     """This process's rank and how many there are; under torchrun it joins the others.
 
-    Process 0 alone prints, evaluates and writes."""
+    Process 0 alone evaluates and saves."""
     if not dist.is_torchelastic_launched():
         return 0, 1
     if device == "cuda":
