@@ -53,12 +53,13 @@ def evaluate(model, tokens, length, stride=None, dtype="float32", batch_tokens=1
 
 def find_checkpoints(paths):
     """Each is a checkpoint, or a folder with ckpt.pt in it or below, also behind links. Raises UserError."""
-    found = []
-    for path in paths:
-        below = glob.glob(f"{glob.escape(path)}/**/ckpt.pt", recursive=True)
-        check(below or not Path(path).is_dir(), f"no ckpt.pt in {path} or below")
-        found += sorted(below) if below else [path]
-    return list({path.resolve(): path for path in map(Path, found)}.values())       # each once
+    found = {}
+    for path in map(Path, paths):
+        below = glob.glob(f"{glob.escape(str(path))}/**/ckpt.pt", recursive=True)
+        check(below or not path.is_dir(), f"no ckpt.pt in {path} or below")
+        for file in map(Path, sorted(below) if below else [path]):
+            found.setdefault(file.resolve(), file)      # each once
+    return list(found.values())
 
 
 def load_checkpoint(path, **changes):

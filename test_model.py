@@ -604,6 +604,7 @@ def test_links_and_other_texts(here):
     shutil.move("out/rotary", "moved")
     os.symlink("../moved", "out/rotary")
     assert "±" not in works("eval out out/alibi moved")
+    assert evaluation.find_checkpoints([""]) == evaluation.find_checkpoints(["."])
     assert "out/alibi/ckpt.pt takes no ntk" in call("eval out --extend ntk")[2]
     write_corpus("strange", b"", b"a new\n")
     Path("strange/train.txt").unlink()
