@@ -45,9 +45,10 @@ def check(condition, message):
 def write_whole(path, write):
     """Calls write(file) on a temporary file, which then replaces `path`: never a half-written one.
 
-    A pipe, and what lies in /dev, /dev/stdout say, is written to as it is."""
+    A pipe, and what lies in /dev, /dev/stdout say, is written to as it is, after all that was printed."""
     path = Path(path)
     if path.is_relative_to("/dev") or path.exists() and not path.is_file():
+        print(end="", flush=True)
         with open(path, "ab") as file:
             write(file)
         return
@@ -133,8 +134,8 @@ def find_files(name, splits, data_dir):
     if name in SHA256:
         fetch(name, folder)
         return find_files(name, splits, data_dir)
-    raise UserError(f"no corpus {name}: neither wikitext-103, wikitext-2 nor stdlib, nor a folder with "
-                    f"{', '.join(missing)} or the like of wiki.train.tokens")
+    raise UserError(f"no corpus {name}: it is neither wikitext-103, wikitext-2 nor stdlib, nor a folder that "
+                    f"has {', '.join(missing)}")
 
 
 def stdlib_files():

@@ -86,7 +86,7 @@ def read_run(path, args):
     if words:
         unknown = (tokens == words.index("<unk>")).double().mean()
         unit = f"word ({unknown:.1%} <unk>)"
-    return settings | {"checkpoint": str(path), "data": data, "text": f"{unit} of {data}"}, model, tokens
+    return settings | {"checkpoint": str(path), "text": f"{unit} of {data}"}, model, tokens
 
 
 # ---- measuring ------------------------------------------------------------------------------------
@@ -112,12 +112,12 @@ def measure(settings, model, tokens, extension, args):
         for first, last in pairwise([0, *doubled, length]):
             total, count = sums[:, first:last].sum(1)
             loss = total / count
-            row = dict(
+            row = dict(     # the CSV's columns
                 pos=config.pos, train_length=config.block_size, length=length, stride=args.stride,
                 split=args.split, tokens=int(count), loss=loss.item(), ppl=loss.exp().item(),
                 extend=extension, window=config.window, logn=int(config.logn),
                 random_positions=config.random_positions, seed=settings["seed"],
-                checkpoint=settings["checkpoint"], data=settings["data"])       # the CSV's columns
+                checkpoint=settings["checkpoint"], data=args.data or settings["data"])
             if args.by_position:
                 row |= dict(first=first + 1, last=last)
             yield row
@@ -249,7 +249,7 @@ def make_parser(doc, epilog=None):
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(on cuda bfloat16)")
     add("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile (on cuda)")
     add("--lengths", type=positive, nargs="+", help="to test at (1 to 16 times the trained one)")
-    add("--window", type=bounded(int, 0), help="keys a query sees; 0: all, or rnope's own")
+    add("--window", type=bounded(int, 0), help="keys a query sees; 0: all, or what rnope and hwfa choose")
     add("--logn", action=argparse.BooleanOptionalAction,
         help="queries times max(1, ln(place + 1) / ln(trained length))")
     return parser

@@ -231,7 +231,7 @@ def main():
         path = Path(args.out_dir, pos, "ckpt.pt")
         configs[path] = config
         if path.exists() and not args.overwrite:
-            check(args.resume, f"{path} is there: --resume goes on, --overwrite starts anew")
+            check(args.resume, f"{path} is there: --resume, --overwrite, or another --out_dir")
             check_same(path, vars(config) | recipe)
 
     for path, config in configs.items():
