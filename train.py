@@ -43,7 +43,7 @@ SETTINGS = {    # type, value in each preset, meaning
     "weight_decay": (not_negative, 0.1, 0.1, 0.0, "of matrices"),
     "grad_clip": (not_negative, 1.0, 1.0, 0.1, "the gradient's norm at most; 0 is off"),
     "eval_interval": (positive, 500, 1000, 2000, "steps from one evaluation and checkpoint to the next"),
-    "out_dir": (str, "out/quick", "out/small", "out/paper", "has a folder for each run")}
+    "out_dir": (Path, "out/quick", "out/small", "out/paper", "has a folder for each run")}
 # beside the model and the text, whose checksum main adds, this decides the weights: --resume holds it fast
 RECIPE = ("data", "seed", "batch_size", "grad_accum", "max_iters", "learning_rate", "warmup_iters",
           "weight_decay", "grad_clip", "dtype")
@@ -239,7 +239,7 @@ def main():
     if args.processes > 1:
         dist.destroy_process_group()
     if args.rank == 0:
-        closing = evaluation.get_args([args.out_dir, "--csv", f"{args.out_dir}/extrapolation.csv"])
+        closing = evaluation.get_args([f"{args.out_dir}", "--csv", f"{args.out_dir}/extrapolation.csv"])
         for flag in ("data_dir", "device", "dtype", "compile", "lengths"):
             setattr(closing, flag, getattr(args, flag))
         evaluation.compare(closing)
