@@ -628,8 +628,8 @@ alibi, text byte of corpus, train_text #
 --n_embd 8 --max_iters 3 | new out/alibi [a].pt half.pt | alibi, max_iters 3, n_embd 8, step 3; \
 alibi, max_iters 6, n_embd 16, step 6; alibi, max_iters 6, n_embd 16, step 3
 --window 4 --logn | new out/alibi --window 0 --no-logn | alibi, logn True, window 4; alibi
---window 3 | out/rotary new --extend interpolate ntk | rotary; rotary + interpolate; rotary + ntk; \
-alibi + window 3; alibi + interpolate + window 3""")
+--random_positions 20 | out/rotary new --extend interpolate ntk | rotary; rotary + interpolate; \
+rotary + ntk; alibi + random_positions 20""")
 def test_label(flags, runs, labels, here):
     """It names all in which the runs differ, but for the seed."""
     works(f"train new --seed 7 --pos alibi {flags}")
@@ -819,7 +819,7 @@ def test_help():
 
 
 @cases("command, phrase", """
-train new --data wikitext | no corpus wikitext
+train new --data wikitext | a folder that has train.txt, valid.txt
 train new --data latin | valid.txt is not UTF-8
 train new --data short | train has 3 tokens
 train new --lengths 8 151 | 151 tokens
