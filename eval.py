@@ -57,7 +57,7 @@ def find_checkpoints(paths):
     for path in map(Path, paths):
         below = glob.glob(f"{glob.escape(str(path))}/**/ckpt.pt", recursive=True)
         check(below or not path.is_dir(), f"no ckpt.pt in {path} or below")
-        for file in map(Path, sorted(below) if below else [path]):
+        for file in map(Path, sorted(below) or [path]):
             found.setdefault(file.resolve(), file)      # each once
     return list(found.values())
 
@@ -72,7 +72,7 @@ def load_checkpoint(path, **changes):
         model.load_state_dict(checkpoint["model"])
         return settings, checkpoint["words"], model
     except Exception as error:      # whatever a foreign, older or damaged file leads to
-        last = str(error).strip().split("\n")[-1].strip()
+        last = str(error).strip().rpartition("\n")[2].strip()
         raise UserError(f"{path} is no checkpoint of train.py ({type(error).__name__}: {last})") from error
 
 
@@ -219,8 +219,7 @@ def plot(figure, path, results, title, by):
         axes.errorbar([*by_length], means, stds, label=label, marker="o", capsize=3)
         axes.axvline(trained, color="grey", linestyle="--", linewidth=1)
     axes.legend()
-    kind = Path(path).suffix[1:]
-    write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=150))
+    write_whole(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:], dpi=150))
 
 
 # ---- the command line -----------------------------------------------------------------------------

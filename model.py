@@ -598,6 +598,7 @@ class AdaptiveVocabulary(Vocabulary):
         # and then itself among the words of the band
         for band in self.bands:
             inside, rows = band.find(targets)
+            inside = inside.nonzero().squeeze(1)        # once, since a GPU has to be waited for
             narrow = F.linear(x[inside], band.projection)
             loss[inside] += self.token_loss(narrow, band.weight, rows[inside])
         return loss
