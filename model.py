@@ -283,7 +283,7 @@ class FoX(Position):
         self.gates = nn.ModuleList(ForgetGate(config) for _ in range(config.n_layer))
 
     def layer(self, n):
-        return self.gates[n].layer(n)       # the gate itself, as Position.layer has it
+        return self.gates[n].layer(n)       # the gate, config.window, config.logn
 
 
 class ForgetGate(Position):
@@ -296,9 +296,9 @@ class ForgetGate(Position):
         nn.init.zeros_(self.f.bias)
 
     def rotate(self, q, k, turns, x):
-        """Eight coordinates more: 1 in queries; in keys -c_j sqrt(D) as a sum of three, then 0.
+        """Eight coordinates more: 1 in queries; in keys three that add up to -c_j sqrt(D), then five of 0.
 
-        In bfloat16, too, the three add up to the float32 number. Kernels like multiples of eight."""
+        Three keep float32's precision in bfloat16. Eight, since kernels like multiples of it."""
         log_f = F.logsigmoid(self.f(x).float())                             # (B, T, H)
         rest = log_f.mT.cumsum(2) * -sqrt(q.shape[-1])                 # (B, H, T)
         parts = []
@@ -326,7 +326,7 @@ class GPT(nn.Module):
         self.flex = False           # whether attention on CUDA goes through FlexAttention
         # 20000 is AdaptiveVocabulary's first cutoff
         vocabulary = AdaptiveVocabulary if config.vocab_size > 20000 else Vocabulary
-        self.wte = vocabulary(config.vocab_size, config.n_embd)
+        self.wte = vocabulary(config.vocab_size, config.n_embd)     # and, tied, nanoGPT's lm_head
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
@@ -453,15 +453,17 @@ FLEX_OPTIONS = {"fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 2, "bwd
 def make_mask(encoding, window, i, flex):
     """What sight() gives for all queries, the last one first: (H, T, T), and a BlockMask for FlexAttention.
 
-    Both are None where it is the causal mask alone; the BlockMask is, where FlexAttention does not run it.
+    Both are None for the causal mask alone, and the BlockMask where FlexAttention does not run.
     At evenly spaced positions a relative bias looks the same from every query. So all rows are pieces of one
-    line, and from the last query to the first each starts one further on:
+    line, each a step further on. For T = 3, b(d) the bias at distance d:
 
-        line = the bias at distance T - 1, ..., 1, 0, then T - 1 times -inf         # (H, 2T - 1)
-        row of query i = line[T - 1 - i : 2T - 1 - i]
+        line                  b(2)  b(1)  b(0)  -inf  -inf          # (H, 2T - 1)
+        row of query 2        b(2)  b(1)  b(0)
+        row of query 1              b(1)  b(0)  -inf
+        row of query 0                    b(0)  -inf  -inf
 
-    Such a mask is a view of it, without memory of its own. Others take H T^2 numbers, as do the copies that
-    FlexAttention gets of short and of trained ones."""
+    Such a mask is a view of the line, without memory of its own. Others take H T^2 numbers, as do the copies
+    that FlexAttention gets of short and of trained ones."""
     T = len(i)
     first = i[:1, None]
     if encoding.bias(first, first) is None and window >= T:
